@@ -1,0 +1,41 @@
+/* The binding of the core to CPython: what its files share. */
+#ifndef AFORK_BINDING_H
+#define AFORK_BINDING_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "wire.h"
+
+struct binding_state {
+    PyTypeObject *channel_type;
+};
+
+/* Sets OSError from a core status (< 0) and returns NULL. */
+PyObject *binding_oserror(int status);
+PyObject *binding_oserror_name(int status, PyObject *filename);
+
+/* Strings of a sequence of bytes-like objects, borrowed until released. */
+struct binding_strs {
+    struct afork_str *strs;
+    Py_buffer *buffers;
+    size_t n;
+};
+int binding_strs_get(struct binding_strs *s, PyObject *sequence);
+void binding_strs_release(struct binding_strs *s);
+
+/* channel.c */
+extern PyType_Spec binding_channel_spec;
+
+/* server.c */
+PyObject *binding_serve(PyObject *module, PyObject *args);
+PyObject *binding_fork(PyObject *module, PyObject *unused);
+PyObject *binding_detach(PyObject *module, PyObject *flag);
+
+/* process.c */
+PyObject *binding_spawn(PyObject *module, PyObject *args, PyObject *kwargs);
+PyObject *binding_exit_status(PyObject *module, PyObject *pidfd);
+PyObject *binding_set_title(PyObject *module, PyObject *title);
+PyObject *binding_get_umask(PyObject *module, PyObject *unused);
+
+#endif

@@ -1,0 +1,426 @@
+/*
+ * Channel: the application's end of a process's control socket.
+ *
+ * Nothing in it blocks, so every call is one step under the GIL and threads
+ * need no other lock for it.
+ */
+#include "binding.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <string.h>
+#include <sys/socket.h>
+
+#include "fd.h"
+#include "outq.h"
+#include "reader.h"
+
+enum { RECEIVE_MAX = 256 }; /* frames a call */
+
+typedef struct {
+    PyObject_HEAD
+    int fd; /* owned */
+    int plain;
+    int eof;
+    struct afork_outq out;
+    struct afork_reader in;
+} Channel;
+
+static PyObject *
+channel_make(PyTypeObject *type, int fd_take, int plain)
+{
+    Channel *c = (Channel *)type->tp_alloc(type, 0);
+
+    if (!c) {
+        afork_fd_close(&fd_take);
+        return NULL;
+    }
+    c->fd = fd_take;
+    c->plain = plain;
+    afork_outq_init(&c->out);
+    afork_reader_init(&c->in, AFORK_TO_APPLICATION);
+    return (PyObject *)c;
+}
+
+static PyObject *
+channel_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    int fd, plain = 0, r;
+
+    if (kwargs && PyDict_GET_SIZE(kwargs)) {
+        PyErr_SetString(PyExc_TypeError, "Channel takes no keyword arguments");
+        return NULL;
+    }
+    if (!PyArg_ParseTuple(args, "i|p:Channel", &fd, &plain))
+        return NULL;
+    r = afork_fd_nonblock(fd, 1);
+    return r < 0 ? binding_oserror(r) : channel_make(type, fd, plain);
+}
+
+static void
+channel_release(Channel *c)
+{
+    afork_fd_close(&c->fd);
+    afork_outq_free(&c->out);
+    afork_reader_free(&c->in);
+}
+
+static void
+channel_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+
+    channel_release((Channel *)self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static int
+check_open(const Channel *c)
+{
+    if (c->fd >= 0)
+        return 0;
+    binding_oserror(-EBADF);
+    return -1;
+}
+
+static PyObject *
+status_none(int r)
+{
+    if (r < 0)
+        return binding_oserror(r);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+channel_frame(PyObject *self, PyObject *args)
+{
+    Channel *c = (Channel *)self;
+    Py_buffer payload;
+    int letter, r;
+
+    if (!PyArg_ParseTuple(args, "iy*:frame", &letter, &payload))
+        return NULL;
+    if (payload.len > (Py_ssize_t)AFORK_FRAME_MAX)
+        r = -E2BIG;
+    else
+        r = afork_outq_frame(&c->out, (uint8_t)letter, payload.buf,
+                             (size_t)payload.len);
+    PyBuffer_Release(&payload);
+    return status_none(r);
+}
+
+static PyObject *
+channel_strings(PyObject *self, PyObject *args)
+{
+    Channel *c = (Channel *)self;
+    struct binding_strs s;
+    PyObject *sequence;
+    int letter, r;
+
+    if (!PyArg_ParseTuple(args, "iO:strings", &letter, &sequence) ||
+        binding_strs_get(&s, sequence) < 0)
+        return NULL;
+    r = afork_outq_list(&c->out, (uint8_t)letter, s.strs, s.n, AFORK_FRAME_MAX);
+    binding_strs_release(&s);
+    return status_none(r);
+}
+
+/* An int in range, or -1 with an exception set. */
+static int
+fd_of(PyObject *arg)
+{
+    long value = PyLong_AsLong(arg);
+
+    if (value == -1 && PyErr_Occurred())
+        return -1;
+    if (value < 0 || value > INT_MAX) {
+        binding_oserror(-EBADF);
+        return -1;
+    }
+    return (int)value;
+}
+
+static PyObject *
+channel_handle(PyObject *self, PyObject *arg)
+{
+    Channel *c = (Channel *)self;
+    int fd = fd_of(arg);
+
+    if (fd < 0)
+        return NULL;
+    fd = afork_fd_dup(fd);
+    if (fd < 0)
+        return binding_oserror(fd);
+    return status_none(
+        afork_outq_fd_take(&c->out, AFORK_CMD_HANDLE, NULL, 0, fd, 0));
+}
+
+/* Queues the request that turns sock, the far end, into process id. */
+static int
+request_fork_take(Channel *c, int sock, uint64_t id)
+{
+    uint8_t payload[sizeof id + sizeof(uint32_t)];
+    uint32_t one = 1;
+    int r = afork_outq_fd_take(&c->out, AFORK_CMD_HANDLE, NULL, 0, sock, id);
+
+    if (r < 0)
+        return r;
+    if (c->plain)
+        return afork_outq_frame(&c->out, AFORK_CMD_FORK, NULL, 0);
+    memcpy(payload, &id, sizeof id);
+    memcpy(payload + sizeof id, &one, sizeof one);
+    return afork_outq_frame(&c->out, AFORK_CMD_FORK_IDS, payload, sizeof payload);
+}
+
+static PyObject *
+channel_fork(PyObject *self, PyObject *arg)
+{
+    Channel *c = (Channel *)self;
+    uint64_t id = PyLong_AsUnsignedLongLong(arg);
+    PyObject *child;
+    int pair[2], r;
+
+    if (id == (uint64_t)-1 && PyErr_Occurred())
+        return NULL;
+    if (check_open(c) < 0)
+        return NULL;
+    r = afork_fd_pair(pair);
+    if (r < 0)
+        return binding_oserror(r);
+    r = afork_fd_nonblock(pair[0], 1);
+    child = channel_make(Py_TYPE(self), pair[0], c->plain);
+    if (!child || r < 0) {
+        afork_fd_close(&pair[1]);
+        Py_XDECREF(child);
+        return child ? binding_oserror(r) : NULL;
+    }
+    r = request_fork_take(c, pair[1], id);
+    if (r < 0) {
+        Py_DECREF(child);
+        return binding_oserror(r);
+    }
+    return child;
+}
+
+static PyObject *
+channel_fork_many(PyObject *self, PyObject *args)
+{
+    Channel *c = (Channel *)self;
+    uint8_t payload[sizeof(uint64_t) + sizeof(uint32_t)];
+    unsigned long long first;
+    unsigned int n;
+    PyObject *list;
+
+    if (!PyArg_ParseTuple(args, "KI:fork_many", &first, &n) || check_open(c) < 0)
+        return NULL;
+    if (n > AFORK_HANDLES_MAX || c->plain)
+        return binding_oserror(-EINVAL);
+    list = PyList_New(0);
+    for (unsigned int i = 0; list && i < n; i++) {
+        PyObject *child = NULL;
+        int pair[2], r = afork_fd_pair(pair);
+
+        if (r == 0) {
+            afork_fd_nonblock(pair[0], 1);
+            child = channel_make(Py_TYPE(self), pair[0], 0);
+            r = afork_outq_fd_take(&c->out, AFORK_CMD_HANDLE, NULL, 0, pair[1],
+                                   first + i);
+        }
+        if (r < 0)
+            binding_oserror(r);
+        if (r < 0 || !child || PyList_Append(list, child) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(child);
+    }
+    if (!list)
+        return NULL;
+    memcpy(payload, &first, sizeof(uint64_t));
+    memcpy(payload + sizeof(uint64_t), &n, sizeof(uint32_t));
+    if (afork_outq_frame(&c->out, AFORK_CMD_FORK_IDS, payload, sizeof payload) < 0) {
+        Py_DECREF(list);
+        return PyErr_NoMemory();
+    }
+    return list;
+}
+
+static PyObject *
+channel_request(PyObject *self, PyObject *args)
+{
+    Channel *c = (Channel *)self;
+    unsigned long long id;
+    int fd;
+
+    if (!PyArg_ParseTuple(args, "Ki:request", &id, &fd))
+        return NULL;
+    return status_none(request_fork_take(c, fd, id));
+}
+
+static PyObject *
+channel_reclaim(PyObject *self, PyObject *unused)
+{
+    Channel *c = (Channel *)self;
+    uint64_t id;
+    int fd;
+
+    (void)unused;
+    if (afork_outq_reclaim(&c->out, &id, &fd))
+        return Py_BuildValue("Ki", (unsigned long long)id, fd);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+channel_flush(PyObject *self, PyObject *unused)
+{
+    Channel *c = (Channel *)self;
+    int r;
+
+    (void)unused;
+    if (check_open(c) < 0)
+        return NULL;
+    r = afork_outq_flush(&c->out, c->fd);
+    return r < 0 ? binding_oserror(r) : PyBool_FromLong(r);
+}
+
+static PyObject *
+channel_receive(PyObject *self, PyObject *unused)
+{
+    Channel *c = (Channel *)self;
+    PyObject *list;
+    int r;
+
+    (void)unused;
+    if (check_open(c) < 0)
+        return NULL;
+    list = PyList_New(0);
+    /* A bound: a peer that never stops must not keep the loop for itself. */
+    for (int n = 0; list && !c->eof && n < RECEIVE_MAX; n++) {
+        struct afork_frame frame = {.fd = AFORK_NOFD};
+        PyObject *item;
+
+        r = afork_reader_next(&c->in, c->fd, &frame);
+        if (r == -EPIPE)
+            c->eof = 1;
+        if (r == 0 || r == -EPIPE)
+            break;
+        if (r < 0) {
+            /* What came before it is good, and may own descriptors. */
+            c->eof = 1;
+            frame.letter = 0;
+            frame.len = 0;
+            frame.fd = r;
+        }
+        item = Py_BuildValue("iy#i", frame.letter,
+                             frame.len ? (const char *)frame.payload : "",
+                             (Py_ssize_t)frame.len, frame.fd);
+        if (!item || PyList_Append(list, item) < 0) {
+            afork_fd_close(&frame.fd);
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(item);
+        if (frame.letter == AFORK_REP_RUNNING)
+            break; /* the bytes behind it are the user's */
+    }
+    return list;
+}
+
+static PyObject *
+channel_detach(PyObject *self, PyObject *unused)
+{
+    Channel *c = (Channel *)self;
+    int fd = c->fd;
+
+    (void)unused;
+    if (check_open(c) < 0)
+        return NULL;
+    c->fd = AFORK_NOFD;
+    channel_release(c);
+    return PyLong_FromLong(fd);
+}
+
+static PyObject *
+channel_shutdown(PyObject *self, PyObject *unused)
+{
+    Channel *c = (Channel *)self;
+
+    (void)unused;
+    if (c->fd >= 0)
+        shutdown(c->fd, SHUT_WR); /* ENOTCONN: the process has gone already */
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+channel_close(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    channel_release((Channel *)self);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+channel_fileno(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    return PyLong_FromLong(((Channel *)self)->fd);
+}
+
+static PyObject *
+get_queued(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyLong_FromSize_t(afork_outq_len(&((Channel *)self)->out));
+}
+
+static PyObject *
+get_eof(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(((Channel *)self)->eof);
+}
+
+static PyObject *
+get_plain(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(((Channel *)self)->plain);
+}
+
+static PyMethodDef methods[] = {
+    {"frame", channel_frame, METH_VARARGS, NULL},
+    {"strings", channel_strings, METH_VARARGS, NULL},
+    {"handle", channel_handle, METH_O, NULL},
+    {"fork", channel_fork, METH_O, NULL},
+    {"fork_many", channel_fork_many, METH_VARARGS, NULL},
+    {"request", channel_request, METH_VARARGS, NULL},
+    {"reclaim", channel_reclaim, METH_NOARGS, NULL},
+    {"flush", channel_flush, METH_NOARGS, NULL},
+    {"receive", channel_receive, METH_NOARGS, NULL},
+    {"detach", channel_detach, METH_NOARGS, NULL},
+    {"shutdown", channel_shutdown, METH_NOARGS, NULL},
+    {"close", channel_close, METH_NOARGS, NULL},
+    {"fileno", channel_fileno, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef getset[] = {
+    {"queued", get_queued, NULL, NULL, NULL},
+    {"eof", get_eof, NULL, NULL, NULL},
+    {"plain", get_plain, NULL, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot channel_slots[] = {
+    {Py_tp_new, (void *)(uintptr_t)channel_new},
+    {Py_tp_dealloc, (void *)(uintptr_t)channel_dealloc},
+    {Py_tp_methods, methods},
+    {Py_tp_getset, getset},
+    {Py_tp_doc, "Channel(fd, plain=False): owns the socket fd."},
+    {0, NULL},
+};
+
+PyType_Spec binding_channel_spec = {
+    .name = "afork._afork.Channel",
+    .basicsize = sizeof(Channel),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = channel_slots,
+};

@@ -1,0 +1,295 @@
+/*
+ * The server loop's callbacks in Python terms, and the only fork().
+ *
+ * The loop runs without the GIL; each callback takes it for as long as it
+ * needs.  What a command means is in afork/_child.py, whose handler object is
+ * called from here.
+ */
+#include "binding.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include "serve.h"
+
+extern char **environ;
+
+struct py_server {
+    struct afork_server server;
+    PyObject *handler;     /* strong */
+    PyThreadState *thread; /* released while the loop waits */
+    int dirty;             /* Python has run since the last fork */
+    int clear_atexit;      /* the process has exit handlers a child must not run */
+    struct py_server *outer;
+};
+
+/* The innermost server of this process; one thread serves. */
+static struct py_server *current;
+
+/* Whatever went wrong inside a callback itself, as a failure without text. */
+static void
+fail_bare(struct afork_failure *failure)
+{
+    static const struct afork_str none = {(const uint8_t *)"", 0};
+
+    PyErr_WriteUnraisable(NULL);
+    afork_failure_set(failure, "internal", ENOMEM, none, none, none, none);
+}
+
+/* Fills a failure from (stage, errno, type, message, traceback, filename). */
+static int
+get_failure(PyObject *tuple, struct afork_failure *failure)
+{
+    struct afork_str s[4];
+    const char *stage, *text[4];
+    Py_ssize_t len[4];
+    int error;
+
+    if (!PyArg_ParseTuple(tuple, "siy#y#y#y#", &stage, &error, &text[0], &len[0],
+                          &text[1], &len[1], &text[2], &len[2], &text[3], &len[3]))
+        return -1;
+    for (int i = 0; i < 4; i++) {
+        s[i].data = (const uint8_t *)text[i];
+        s[i].len = (size_t)len[i];
+    }
+    if (afork_failure_set(failure, stage, error, s[0], s[1], s[2], s[3]) < 0) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    return 0;
+}
+
+/* The handler's answer: None, or a failure. */
+static int
+take_answer(PyObject *answer, struct afork_failure *failure)
+{
+    int r = -1;
+
+    if (answer == Py_None)
+        r = 0;
+    else if (!answer || get_failure(answer, failure) < 0)
+        fail_bare(failure);
+    Py_XDECREF(answer);
+    return r;
+}
+
+static int
+op_command(void *self, uint8_t letter, const uint8_t *payload, size_t len,
+           struct afork_failure *ret_failure)
+{
+    struct py_server *p = self;
+    int r;
+
+    PyEval_RestoreThread(p->thread);
+    p->dirty = 1;
+    r = take_answer(PyObject_CallMethod(p->handler, "command", "iy#", letter,
+                                        len ? (const char *)payload : "",
+                                        (Py_ssize_t)len),
+                    ret_failure);
+    p->thread = PyEval_SaveThread();
+    return r;
+}
+
+static int
+op_find(void *self, const uint8_t *name, size_t len,
+        struct afork_failure *ret_failure)
+{
+    struct py_server *p = self;
+    int r;
+
+    PyEval_RestoreThread(p->thread);
+    r = take_answer(PyObject_CallMethod(p->handler, "find", "y#",
+                                        len ? (const char *)name : "",
+                                        (Py_ssize_t)len),
+                    ret_failure);
+    p->thread = PyEval_SaveThread();
+    return r;
+}
+
+static void
+op_interrupted(void *self)
+{
+    struct py_server *p = self;
+
+    PyEval_RestoreThread(p->thread);
+    if (PyErr_CheckSignals() < 0)
+        PyErr_WriteUnraisable(p->handler);
+    p->thread = PyEval_SaveThread();
+}
+
+static char *const *
+op_environ(void *self)
+{
+    (void)self;
+    return environ;
+}
+
+/* fork(2) with CPython's hooks around it.  Needs the GIL; -errno. */
+static pid_t
+fork_python(void)
+{
+    int saved;
+    pid_t pid;
+
+    PyOS_BeforeFork();
+    pid = fork();
+    saved = errno;
+    if (pid == 0)
+        PyOS_AfterFork_Child();
+    else
+        PyOS_AfterFork_Parent(); /* also when the fork has failed */
+    return pid < 0 ? -saved : pid;
+}
+
+static void
+call_or_complain(PyObject *handler, const char *method, int *ret_true)
+{
+    PyObject *answer = PyObject_CallMethod(handler, method, NULL);
+
+    if (!answer)
+        PyErr_WriteUnraisable(handler);
+    else if (ret_true)
+        *ret_true = answer == Py_True;
+    Py_XDECREF(answer);
+}
+
+static pid_t
+op_fork(void *self)
+{
+    struct py_server *p = self;
+    pid_t pid;
+
+    PyEval_RestoreThread(p->thread);
+    /* Between two forks of an idle template no Python runs. */
+    if (p->dirty)
+        call_or_complain(p->handler, "before_fork", &p->clear_atexit);
+    p->dirty = 0;
+    pid = fork_python();
+    if (pid == 0 && p->clear_atexit) {
+        call_or_complain(p->handler, "clear_atexit", NULL);
+        p->clear_atexit = 0;
+    }
+    p->thread = PyEval_SaveThread();
+    return pid;
+}
+
+static const struct afork_ops ops = {
+    .command = op_command,
+    .find = op_find,
+    .fork = op_fork,
+    .interrupted = op_interrupted,
+    .environ = op_environ,
+};
+
+/* A new Python object for a pending argument; its descriptor is consumed. */
+static PyObject *
+arg_object(struct py_server *p, struct afork_arg *arg)
+{
+    const char *data = (const char *)arg->data;
+    int fd = arg->fd;
+
+    switch (arg->kind) {
+    case AFORK_ARG_BYTES:
+        return PyBytes_FromStringAndSize(data, (Py_ssize_t)arg->len);
+    case AFORK_ARG_TEXT:
+        return PyUnicode_DecodeUTF8(data, (Py_ssize_t)arg->len, "surrogatepass");
+    case AFORK_ARG_HANDLE:
+        arg->fd = AFORK_NOFD;
+        return PyObject_CallMethod(p->handler, "handle", "i", fd);
+    case AFORK_ARG_LOST:
+        break;
+    }
+    PyErr_SetString(PyExc_SystemError, "a lost descriptor reached run");
+    return NULL;
+}
+
+static PyObject *
+arg_list(struct py_server *p)
+{
+    struct afork_args *args = &p->server.args;
+    PyObject *list = PyList_New((Py_ssize_t)args->n);
+
+    for (size_t i = 0; list && i < args->n; i++) {
+        PyObject *item = arg_object(p, &args->list[i]);
+
+        if (item)
+            PyList_SET_ITEM(list, (Py_ssize_t)i, item);
+        else
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
+PyObject *
+binding_serve(PyObject *module, PyObject *args)
+{
+    struct py_server *p;
+    PyObject *handler, *list, *result = NULL;
+    int fd, plain, r, sock;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "ipO:serve", &fd, &plain, &handler))
+        return NULL;
+    p = PyMem_Calloc(1, sizeof *p);
+    if (!p)
+        return PyErr_NoMemory();
+    afork_server_init_take(&p->server, fd, plain, &ops, p);
+    p->handler = Py_NewRef(handler);
+    p->dirty = 1;
+    p->outer = current;
+    current = p;
+
+    p->thread = PyEval_SaveThread();
+    r = afork_serve(&p->server);
+    PyEval_RestoreThread(p->thread);
+
+    if (r == AFORK_ENTER) {
+        list = arg_list(p);
+        if (list) {
+            sock = p->server.sock;
+            p->server.sock = AFORK_NOFD;
+            result = Py_BuildValue("(iN)", sock, list);
+        }
+    } else if (r == AFORK_END) {
+        result = Py_NewRef(Py_None);
+    } else {
+        binding_oserror(r);
+    }
+    current = p->outer;
+    afork_server_free(&p->server);
+    Py_DECREF(p->handler);
+    PyMem_Free(p);
+    return result;
+}
+
+PyObject *
+binding_fork(PyObject *module, PyObject *unused)
+{
+    pid_t pid;
+
+    (void)module;
+    (void)unused;
+    pid = fork_python();
+    return pid < 0 ? binding_oserror((int)pid) : PyLong_FromLong(pid);
+}
+
+PyObject *
+binding_detach(PyObject *module, PyObject *flag)
+{
+    int on = PyObject_IsTrue(flag);
+
+    (void)module;
+    if (on < 0)
+        return NULL;
+    if (!current) {
+        PyErr_SetString(PyExc_RuntimeError, "not in a server process");
+        return NULL;
+    }
+    current->server.detached = on;
+    if (prctl(PR_SET_PDEATHSIG, on ? 0 : SIGKILL) < 0)
+        return binding_oserror(-errno);
+    Py_RETURN_NONE;
+}

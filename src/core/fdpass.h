@@ -1,0 +1,26 @@
+/* The only place where a control socket is written or read. */
+#ifndef AFORK_FDPASS_H
+#define AFORK_FDPASS_H
+
+#include <sys/types.h>
+
+#include "base.h"
+
+/*
+ * Sends up to len bytes (len >= 1), fd riding on the first of them unless it
+ * is AFORK_NOFD.  Never blocks, never raises SIGPIPE.  Returns the number of
+ * bytes accepted, of which the descriptor was one, or -errno: -EAGAIN when
+ * nothing was accepted.
+ */
+ssize_t afork_fdpass_send(int sock, const void *data, size_t len, int fd);
+
+/*
+ * Receives up to len bytes and at most one descriptor.  Never blocks.
+ * Returns the number of bytes, 0 at end of file, or -errno.  *ret_fd is a
+ * close-on-exec descriptor, AFORK_NOFD, or AFORK_LOSTFD when one was sent but
+ * did not fit into this process.  Two or more descriptors are a hostile or
+ * broken peer: all are closed and the result is -EPROTO.
+ */
+ssize_t afork_fdpass_recv(int sock, void *data, size_t len, int *ret_fd);
+
+#endif

@@ -1,0 +1,201 @@
+/* Frames and descriptors waiting to be sent, merged into few sends. */
+#include "outq.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "fd.h"
+#include "fdpass.h"
+
+enum { KEEP = 64 << 10 }; /* an empty buffer above this is given back */
+
+void
+afork_outq_init(struct afork_outq *q)
+{
+    memset(q, 0, sizeof *q);
+}
+
+void
+afork_outq_free(struct afork_outq *q)
+{
+    while (q->fds_head < q->fds_tail)
+        afork_fd_close(&q->fds[q->fds_head++].fd);
+    free(q->fds);
+    free(q->buf);
+    afork_outq_init(q);
+}
+
+uint64_t
+afork_outq_end(const struct afork_outq *q)
+{
+    return q->sent + afork_outq_len(q);
+}
+
+/* Makes room for more elements of size bytes behind *tail. */
+static int
+reserve(void **base, size_t *head, size_t *tail, size_t *cap, size_t more,
+        size_t size)
+{
+    size_t used = *tail - *head, want = *cap ? *cap : 256;
+    void *p;
+
+    if (*cap - *tail >= more)
+        return 0;
+    if (*head) {
+        memmove(*base, (char *)*base + *head * size, used * size);
+        *head = 0;
+        *tail = used;
+    }
+    if (*cap - used >= more)
+        return 0;
+    while (want - used < more) {
+        if (want > SIZE_MAX / 4 / size)
+            return -ENOMEM;
+        want *= 2;
+    }
+    p = realloc(*base, want * size);
+    if (!p)
+        return -ENOMEM;
+    *base = p;
+    *cap = want;
+    return 0;
+}
+
+static int
+reserve_bytes(struct afork_outq *q, size_t more)
+{
+    void *p = q->buf;
+    int r = reserve(&p, &q->head, &q->tail, &q->cap, more, 1);
+
+    q->buf = p;
+    return r;
+}
+
+static void
+put_bytes(struct afork_outq *q, const void *data, size_t len)
+{
+    if (len)
+        memcpy(q->buf + q->tail, data, len);
+    q->tail += len;
+}
+
+int
+afork_outq_frame(struct afork_outq *q, uint8_t letter, const void *payload,
+                 size_t len)
+{
+    uint8_t head[AFORK_HEAD_SIZE];
+
+    if (len > UINT32_MAX)
+        return -E2BIG;
+    if (reserve_bytes(q, sizeof head + len) < 0)
+        return -ENOMEM;
+    afork_wire_put_head(head, letter, (uint32_t)len);
+    put_bytes(q, head, sizeof head);
+    put_bytes(q, payload, len);
+    return 0;
+}
+
+int
+afork_outq_list(struct afork_outq *q, uint8_t letter,
+                const struct afork_str *strs, size_t n, size_t frame_max)
+{
+    int64_t len = afork_wire_list_size(strs, n);
+    uint8_t head[AFORK_HEAD_SIZE];
+
+    if (len < 0)
+        return (int)len;
+    if ((uint64_t)len > frame_max)
+        return -E2BIG;
+    if (reserve_bytes(q, sizeof head + (size_t)len) < 0)
+        return -ENOMEM;
+    afork_wire_put_head(head, letter, (uint32_t)len);
+    put_bytes(q, head, sizeof head);
+    afork_wire_put_list(q->buf + q->tail, strs, n);
+    q->tail += (size_t)len;
+    return 0;
+}
+
+int
+afork_outq_fd_take(struct afork_outq *q, uint8_t letter, const void *payload,
+                   size_t len, int fd, uint64_t tag)
+{
+    uint64_t frame = afork_outq_end(q);
+    void *p = q->fds;
+    int r;
+
+    r = reserve(&p, &q->fds_head, &q->fds_tail, &q->fds_cap, 1, sizeof *q->fds);
+    q->fds = p;
+    if (r == 0)
+        r = reserve_bytes(q, AFORK_HEAD_SIZE + len + 1);
+    if (r == 0)
+        r = afork_outq_frame(q, letter, payload, len);
+    if (r < 0) {
+        afork_fd_close(&fd);
+        return r;
+    }
+    q->fds[q->fds_tail++] = (struct afork_outq_fd){
+        .at = afork_outq_end(q), .frame = frame, .tag = tag, .fd = fd};
+    put_bytes(q, "", 1);
+    return 0;
+}
+
+int
+afork_outq_flush(struct afork_outq *q, int sock)
+{
+    while (afork_outq_len(q)) {
+        size_t len = afork_outq_len(q);
+        int fd = AFORK_NOFD;
+        ssize_t n;
+
+        /* Up to the next byte that carries a descriptor, or from it. */
+        if (q->fds_head < q->fds_tail) {
+            const struct afork_outq_fd *next = &q->fds[q->fds_head];
+
+            if (next->at > q->sent) {
+                len = (size_t)(next->at - q->sent);
+            } else {
+                fd = next->fd;
+                if (q->fds_head + 1 < q->fds_tail)
+                    len = (size_t)(next[1].at - q->sent);
+            }
+        }
+        n = afork_fdpass_send(sock, q->buf + q->head, len, fd);
+        /*
+         * Too many descriptors in flight for this user: the limit counts
+         * what no process has received yet, so it passes like a full socket.
+         */
+        if (n == -EAGAIN || n == -ETOOMANYREFS)
+            return 0;
+        if (n < 0)
+            return (int)n;
+        /* A short write took the descriptor with its first byte. */
+        if (fd >= 0)
+            afork_fd_close(&q->fds[q->fds_head++].fd);
+        q->head += (size_t)n;
+        q->sent += (uint64_t)n;
+    }
+    q->head = q->tail = 0;
+    q->fds_head = q->fds_tail = 0;
+    if (q->cap > KEEP) {
+        free(q->buf);
+        q->buf = NULL;
+        q->cap = 0;
+    }
+    return 1;
+}
+
+int
+afork_outq_reclaim(struct afork_outq *q, uint64_t *ret_tag, int *ret_fd)
+{
+    for (size_t i = q->fds_head; i < q->fds_tail; i++) {
+        if (!q->fds[i].tag || q->fds[i].frame < q->sent)
+            continue;
+        *ret_tag = q->fds[i].tag;
+        *ret_fd = q->fds[i].fd;
+        q->fds[i].tag = 0;
+        q->fds[i].fd = AFORK_NOFD;
+        return 1;
+    }
+    return 0;
+}

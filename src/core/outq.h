@@ -1,0 +1,61 @@
+/*
+ * Frames and descriptors waiting to be sent, merged into as few sends as the
+ * protocol allows: a descriptor must ride on the first byte of its send, so
+ * K descriptors and any number of frames cost K + 1 sends.
+ */
+#ifndef AFORK_OUTQ_H
+#define AFORK_OUTQ_H
+
+#include "base.h"
+#include "wire.h"
+
+/* A descriptor and the byte of the stream that it rides on. */
+struct afork_outq_fd {
+    uint64_t at;    /* position of its NUL byte in the stream */
+    uint64_t frame; /* position of the frame that announces it */
+    uint64_t tag;   /* the caller's; 0 for none */
+    int fd;         /* owned */
+};
+
+struct afork_outq {
+    uint8_t *buf;
+    size_t head, tail, cap;
+    uint64_t sent; /* bytes the kernel has taken: position of buf[head] */
+    struct afork_outq_fd *fds;
+    size_t fds_head, fds_tail, fds_cap;
+};
+
+void afork_outq_init(struct afork_outq *q);
+/* Frees all and closes the descriptors that were not sent. */
+void afork_outq_free(struct afork_outq *q);
+
+/* Position in the stream of the next byte to be queued. */
+uint64_t afork_outq_end(const struct afork_outq *q);
+static inline size_t
+afork_outq_len(const struct afork_outq *q)
+{
+    return q->tail - q->head;
+}
+
+/* Queue one frame; all or nothing.  -ENOMEM. */
+int afork_outq_frame(struct afork_outq *q, uint8_t letter, const void *payload,
+                     size_t len);
+/* The same with a string list for payload.  -E2BIG above frame_max. */
+int afork_outq_list(struct afork_outq *q, uint8_t letter,
+                    const struct afork_str *strs, size_t n, size_t frame_max);
+/* Queue a frame and the descriptor that it announces, consumed on success
+ * and on failure. */
+int afork_outq_fd_take(struct afork_outq *q, uint8_t letter,
+                       const void *payload, size_t len, int fd, uint64_t tag);
+
+/*
+ * Sends what the socket accepts without waiting: 1 when all is sent, 0 when
+ * the socket is full, -errno when it is broken.
+ */
+int afork_outq_flush(struct afork_outq *q, int sock);
+
+/* Takes back a descriptor with a tag none of whose frame has been sent:
+ * 1 and its tag and descriptor (given to the caller), or 0. */
+int afork_outq_reclaim(struct afork_outq *q, uint64_t *ret_tag, int *ret_fd);
+
+#endif

@@ -1,0 +1,25 @@
+/* Reports, process to application: encoding them into a server's queue. */
+#ifndef AFORK_REPORT_H
+#define AFORK_REPORT_H
+
+#include <sys/resource.h>
+
+#include "serve.h"
+#include "spawn.h"
+
+/* Payload bytes of an exited report. */
+enum { AFORK_EXITED_SIZE = 8 + 4 + 4 + 18 * 8 };
+
+/* All of them are silent in plain mode and when nobody listens any more;
+ * the only other failure is a lack of memory, which loses the report. */
+void afork_report_started(struct afork_server *s);
+void afork_report_failure(struct afork_server *s);
+void afork_report_running(struct afork_server *s);
+void afork_report_done(struct afork_server *s, uint64_t token);
+void afork_report_exited(struct afork_server *s, const struct afork_child *child,
+                         int status, const struct rusage *usage);
+void afork_report_failed(struct afork_server *s, uint64_t id, int error,
+                         enum afork_stage stage);
+void afork_report_spawned(struct afork_server *s, uint64_t id, pid_t pid);
+
+#endif

@@ -1,0 +1,483 @@
+/*
+ * The server loop of a process.
+ *
+ *   exec'ed interpreter ──► loop ──f──► loop (child) ──r──► function, _exit
+ *                            │ ▲                      └─x──► program
+ *                            └─┘ e m s a t h: prepare
+ *
+ * A template waits for commands and for its children.  Once the application
+ * has shut down its writing side it only reaps and reports; it ends with its
+ * last child, or at once when the application's socket is gone altogether:
+ * its children have asked the kernel to die with it.
+ */
+#define _GNU_SOURCE
+#include "serve.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include "execreq.h"
+#include "fd.h"
+#include "report.h"
+#include "spawn.h"
+
+enum { NEXT = -1 }; /* a handler's "go on"; outcomes are >= 0 */
+
+static struct afork_str
+str_of(const char *text)
+{
+    return (struct afork_str){(const uint8_t *)text, strlen(text)};
+}
+
+void
+afork_server_init_take(struct afork_server *s, int sock, int plain,
+                       const struct afork_ops *ops, void *self)
+{
+    memset(s, 0, sizeof *s);
+    s->sock = sock;
+    s->plain = plain;
+    s->ops = ops;
+    s->self = self;
+    s->frame_max = AFORK_FRAME_MAX;
+    afork_reader_init(&s->in, AFORK_TO_PROCESS);
+    afork_outq_init(&s->out);
+    afork_args_init(&s->args);
+    afork_children_init(&s->children);
+}
+
+void
+afork_server_free(struct afork_server *s)
+{
+    afork_fd_close(&s->sock);
+    afork_reader_free(&s->in);
+    afork_outq_free(&s->out);
+    afork_args_free(&s->args);
+    afork_children_free(&s->children);
+    free(s->failure.payload);
+    s->failure.payload = NULL;
+}
+
+/* Sends what goes without waiting; whoever does not read is not waited for. */
+static void
+flush_some(struct afork_server *s)
+{
+    if (afork_outq_flush(&s->out, s->sock) < 0) {
+        s->mute = 1;
+        afork_outq_free(&s->out);
+    }
+}
+
+/* Sends everything: the socket is about to be somebody else's. */
+static void
+flush_all(struct afork_server *s)
+{
+    for (;;) {
+        struct pollfd p = {.fd = s->sock, .events = POLLOUT};
+
+        flush_some(s);
+        if (!afork_outq_len(&s->out))
+            return;
+        poll(&p, 1, -1);
+    }
+}
+
+static void
+child_exited(void *arg, const struct afork_child *child, int status,
+             const struct rusage *usage)
+{
+    struct afork_server *s = arg;
+
+    if (child->id)
+        afork_report_exited(s, child, status, usage);
+}
+
+/* From here on the process executes nothing: it answers forks and waits. */
+static int
+fail(struct afork_server *s, const char *stage, int error, const char *type,
+     const char *message, const char *filename)
+{
+    afork_report_started(s);
+    if (afork_failure_set(&s->failure, stage, error, str_of(type),
+                          str_of(message), str_of(""), str_of(filename)) < 0)
+        return -ENOMEM;
+    afork_report_failure(s);
+    return s->plain ? -error : NEXT; /* the original ends at its first error */
+}
+
+static int
+protocol_error(struct afork_server *s, const char *message)
+{
+    fail(s, "protocol", EPROTO, "ProtocolError", message, "");
+    return -EPROTO;
+}
+
+/* A callback failed and has filled in s->failure (or had no memory to). */
+static int
+callback_failed(struct afork_server *s)
+{
+    if (!s->failure.payload)
+        return -ENOMEM;
+    afork_report_failure(s);
+    return s->plain ? -ECANCELED : NEXT;
+}
+
+static int
+handle_command(struct afork_server *s, const struct afork_frame *frame)
+{
+    int r;
+
+    afork_report_started(s);
+    flush_some(s);
+    afork_signals_open(&s->signals);
+    r = s->ops->command(s->self, frame->letter, frame->payload, frame->len,
+                        &s->failure);
+    afork_signals_close(&s->signals);
+    return r < 0 ? callback_failed(s) : NEXT;
+}
+
+static int
+handle_strings(struct afork_server *s, enum afork_arg_kind kind,
+               const struct afork_frame *frame)
+{
+    struct afork_strs list = {frame->payload, frame->payload + frame->len};
+    int r = afork_args_add_list(&s->args, kind, list);
+
+    if (r == -EPROTO)
+        return protocol_error(s, "malformed string list");
+    return r < 0 ? r : NEXT;
+}
+
+static int
+handle_handle(struct afork_server *s, const struct afork_frame *frame)
+{
+    int r = afork_args_add_fd_take(&s->args, frame->fd);
+
+    if (r == -EMFILE)
+        return fail(s, "handle", EMFILE, "OSError",
+                    "too many pending descriptors", "");
+    return r < 0 ? r : NEXT;
+}
+
+/* Turns the forked process into a server of its own on sock. */
+static void
+become_child(struct afork_server *s, int sock, pid_t parent)
+{
+    afork_fd_close(&s->sock); /* a second holder would hide our parent's death */
+    afork_outq_free(&s->out); /* its reports are not ours to send */
+    afork_children_free(&s->children);
+    afork_reader_free(&s->in);
+    s->sock = sock;
+    s->started = 0;
+    s->mute = 0;
+    if (s->plain || s->detached)
+        return;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent)
+        _exit(1); /* it died before we could ask to be told */
+}
+
+/* One fork on behalf of the new socket; in the child 1. */
+static int
+fork_one_take(struct afork_server *s, int sock, uint64_t id)
+{
+    pid_t parent = getpid(), pid;
+    sigset_t old;
+    int r = afork_children_reserve(&s->children);
+
+    if (r == 0) {
+        afork_signals_block_all(&old);
+        pid = s->ops->fork(s->self);
+        if (pid == 0)
+            become_child(s, sock, parent);
+        afork_signals_restore(&old);
+        if (pid == 0)
+            return 1;
+        r = pid < 0 ? (int)pid : 0;
+        if (pid > 0)
+            afork_children_add(&s->children, pid, id);
+    }
+    if (r < 0 && !s->plain) {
+        struct afork_failure f = {NULL, 0};
+        struct afork_outq q;
+
+        /* The new process's owner asked; its socket is where it listens. */
+        afork_outq_init(&q);
+        if (afork_failure_set(&f, "fork", -r, str_of("OSError"),
+                              str_of(strerror(-r)), str_of(""), str_of("")) == 0 &&
+            afork_outq_frame(&q, AFORK_REP_ERROR, f.payload, f.len) == 0)
+            afork_outq_flush(&q, sock);
+        afork_outq_free(&q);
+        free(f.payload);
+    }
+    afork_fd_close(&sock);
+    return 0;
+}
+
+/* Tells the owner of a new process why its template makes no more. */
+static void
+answer_failure_take(struct afork_server *s, int sock)
+{
+    struct afork_outq q;
+
+    afork_outq_init(&q);
+    if (!s->plain && afork_outq_frame(&q, AFORK_REP_ERROR, s->failure.payload,
+                                      s->failure.len) == 0)
+        afork_outq_flush(&q, sock);
+    afork_outq_free(&q);
+    afork_fd_close(&sock);
+}
+
+static int
+handle_fork(struct afork_server *s, uint64_t first, uint32_t n)
+{
+    int socks[AFORK_FDPASS_MAX];
+
+    if (n == 0 || n > AFORK_FDPASS_MAX || !afork_args_tail_is_handles(&s->args, n))
+        return protocol_error(s, "fork without a socket");
+    for (uint32_t i = n; i-- > 0;)
+        socks[i] = afork_args_pop_fd(&s->args);
+    for (uint32_t i = 0; i < n; i++) {
+        int sock = socks[i];
+
+        if (sock < 0) {
+            afork_report_failed(s, first + i, EMFILE, AFORK_STAGE_FORK);
+        } else if (s->failure.payload) {
+            answer_failure_take(s, sock);
+        } else if (fork_one_take(s, sock, first ? first + i : 0)) {
+            while (++i < n) /* our siblings' sockets are none of ours */
+                afork_fd_close(&socks[i]);
+            return NEXT;
+        }
+    }
+    /* Also here: a template that is never idle must not collect zombies. */
+    afork_children_reap(&s->children, child_exited, s);
+    return NEXT;
+}
+
+static int
+handle_fork_ids(struct afork_server *s, const struct afork_frame *frame)
+{
+    uint64_t first;
+    uint32_t n;
+
+    if (frame->len != sizeof first + sizeof n)
+        return protocol_error(s, "malformed fork request");
+    memcpy(&first, frame->payload, sizeof first);
+    memcpy(&n, frame->payload + sizeof first, sizeof n);
+    return handle_fork(s, first, n);
+}
+
+static int
+handle_ready(struct afork_server *s, const struct afork_frame *frame)
+{
+    uint64_t token;
+
+    if (frame->len != sizeof token)
+        return protocol_error(s, "malformed ready request");
+    memcpy(&token, frame->payload, sizeof token);
+    afork_report_started(s);
+    afork_report_done(s, token);
+    return NEXT;
+}
+
+static int
+handle_run(struct afork_server *s, const struct afork_frame *frame)
+{
+    if (afork_args_tail_has_lost(&s->args, s->args.n))
+        return fail(s, "run", EMFILE, "OSError",
+                    "a descriptor was lost: no free slot in the process", "");
+    afork_report_started(s);
+    if (s->ops->find(s->self, frame->payload, frame->len, &s->failure) < 0)
+        return callback_failed(s);
+    afork_report_running(s);
+    flush_all(s);
+    return AFORK_ENTER;
+}
+
+static const char *
+failed_name(const struct afork_execreq *q, enum afork_stage stage)
+{
+    if (stage == AFORK_STAGE_CWD)
+        return q->exec.cwd ? q->exec.cwd : "";
+    return stage == AFORK_STAGE_EXEC ? q->exec.program : "";
+}
+
+static int
+handle_exec(struct afork_server *s, const struct afork_frame *frame)
+{
+    struct afork_strs list = {frame->payload, frame->payload + frame->len};
+    enum afork_stage stage = AFORK_STAGE_SETUP;
+    struct afork_execreq q;
+    int r;
+
+    r = afork_execreq_get(&q, list, &s->args, s->ops->environ(s->self));
+    if (r == -EPROTO)
+        return protocol_error(s, "malformed exec request");
+    if (r < 0)
+        return fail(s, "exec", -r, "OSError", strerror(-r), "");
+    afork_report_started(s);
+    flush_all(s);
+    r = -afork_exec_self(&q.exec, &s->sock, &stage);
+    /* Still here: stdio may be gone, so nothing can be executed any more. */
+    r = fail(s, afork_stage_name(stage), r, "OSError", strerror(r),
+             failed_name(&q, stage));
+    afork_execreq_free(&q);
+    return r;
+}
+
+static int
+handle_spawn(struct afork_server *s, const struct afork_frame *frame)
+{
+    struct afork_strs list;
+    struct afork_execreq q;
+    enum afork_stage stage = AFORK_STAGE_SETUP;
+    uint64_t id;
+    pid_t pid;
+    int r;
+
+    if (frame->len < sizeof id)
+        return protocol_error(s, "malformed spawn request");
+    memcpy(&id, frame->payload, sizeof id);
+    list.at = frame->payload + sizeof id;
+    list.end = frame->payload + frame->len;
+    r = afork_execreq_get(&q, list, &s->args, s->ops->environ(s->self));
+    if (r == -EPROTO)
+        return protocol_error(s, "malformed spawn request");
+    if (r == -EMFILE) {
+        /* A lost descriptor, but the others of the request must go. */
+        struct afork_exec_head head;
+        struct afork_str str;
+
+        if (afork_wire_next(&list, &str) > 0 && str.len == sizeof head) {
+            memcpy(&head, str.data, sizeof head);
+            afork_args_drop(&s->args, (size_t)head.handles);
+        }
+    }
+    if (r == 0) {
+        afork_report_started(s);
+        q.exec.deathsig = s->detached ? 0 : SIGKILL;
+        q.exec.parent = getpid();
+        r = afork_children_reserve(&s->children);
+        pid = r < 0 ? r : afork_spawn(&q.exec, &stage);
+        afork_args_drop(&s->args, q.handles);
+        afork_execreq_free(&q);
+        r = pid < 0 ? (int)pid : 0;
+        if (pid > 0) {
+            afork_children_add(&s->children, pid, id);
+            afork_report_spawned(s, id, pid);
+        }
+    }
+    if (r < 0)
+        afork_report_failed(s, id, -r, stage);
+    return NEXT;
+}
+
+static int
+dispatch(struct afork_server *s, const struct afork_frame *frame)
+{
+    if (s->failure.payload && frame->letter != AFORK_CMD_HANDLE &&
+        frame->letter != AFORK_CMD_FORK && frame->letter != AFORK_CMD_FORK_IDS)
+        return NEXT;
+    switch (frame->letter) {
+    case AFORK_CMD_EVAL:
+        return handle_command(s, frame);
+    case AFORK_CMD_ARGS:
+        return handle_strings(s, AFORK_ARG_BYTES, frame);
+    case AFORK_CMD_HANDLE:
+        return handle_handle(s, frame);
+    case AFORK_CMD_FORK:
+        return handle_fork(s, 0, 1);
+    case AFORK_CMD_RUN:
+        return handle_run(s, frame);
+    }
+    if (s->plain)
+        return protocol_error(s, "unknown command");
+    switch (frame->letter) {
+    case AFORK_CMD_EVAL_TYPED:
+    case AFORK_CMD_IMPORT:
+    case AFORK_CMD_SET:
+        return handle_command(s, frame);
+    case AFORK_CMD_TEXT:
+        return handle_strings(s, AFORK_ARG_TEXT, frame);
+    case AFORK_CMD_FORK_IDS:
+        return handle_fork_ids(s, frame);
+    case AFORK_CMD_READY:
+        return handle_ready(s, frame);
+    case AFORK_CMD_EXEC:
+        return handle_exec(s, frame);
+    case AFORK_CMD_SPAWN:
+        return handle_spawn(s, frame);
+    default:
+        return protocol_error(s, "unknown command");
+    }
+}
+
+/* Waits for a command, a child, or room for a report; the POLL* of the socket. */
+static short
+wait_event(struct afork_server *s, int eof)
+{
+    struct pollfd p = {.fd = s->sock};
+    int n;
+
+    if (!eof)
+        p.events |= POLLIN;
+    if (afork_outq_len(&s->out))
+        p.events |= POLLOUT;
+    n = ppoll(&p, 1, NULL, &s->signals.wait_mask);
+    if (n < 0 && errno == EINTR)
+        s->ops->interrupted(s->self);
+    return n > 0 ? p.revents : 0;
+}
+
+/* After end of file: half closed, the children still have to be reaped. */
+static int
+finish(struct afork_server *s)
+{
+    while (!s->plain && s->children.n) {
+        if (wait_event(s, 1) & (POLLHUP | POLLERR))
+            break; /* the application has gone: the children go with us */
+        afork_children_reap(&s->children, child_exited, s);
+        flush_some(s);
+    }
+    if (!s->mute)
+        flush_some(s);
+    return AFORK_END;
+}
+
+int
+afork_serve(struct afork_server *s)
+{
+    struct afork_frame frame;
+    int r = NEXT;
+
+    afork_signals_enter(&s->signals);
+    while (r == NEXT) {
+        int got = afork_reader_next(&s->in, s->sock, &frame);
+
+        if (got > 0) {
+            r = dispatch(s, &frame);
+        } else if (got == 0) {
+            afork_report_started(s);
+            afork_children_reap(&s->children, child_exited, s);
+            flush_some(s);
+            wait_event(s, 0);
+        } else if (got == -EPIPE) {
+            r = finish(s);
+        } else {
+            const char *why = got == -EMSGSIZE ? "frame over the cap"
+                                               : "broken stream of commands";
+
+            fail(s, "protocol", -got, "ProtocolError", why, "");
+            r = got;
+        }
+        if (afork_outq_len(&s->out))
+            flush_some(s);
+    }
+    afork_signals_leave(&s->signals);
+    return r;
+}

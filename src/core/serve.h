@@ -1,0 +1,82 @@
+/* The server loop of a process: reads commands, forks, and ends in a function. */
+#ifndef AFORK_SERVE_H
+#define AFORK_SERVE_H
+
+#include <sys/types.h>
+
+#include "args.h"
+#include "base.h"
+#include "children.h"
+#include "outq.h"
+#include "reader.h"
+#include "signals.h"
+#include "wire.h"
+
+/* What went wrong in a callback; strings are borrowed until it returns to it. */
+struct afork_failure {
+    uint8_t *payload; /* owned, malloc'ed: the payload of an error report */
+    size_t len;
+};
+
+/* Fills in a failure; fields may be empty.  Long ones are cut.  -ENOMEM. */
+int afork_failure_set(struct afork_failure *f, const char *stage, int error,
+                      struct afork_str type, struct afork_str message,
+                      struct afork_str traceback, struct afork_str filename);
+
+struct afork_server;
+
+/*
+ * What the loop cannot do by itself.  A callback returns 0, or < 0 with
+ * *ret_failure filled in.
+ */
+struct afork_ops {
+    /* Runs an EVAL, EVAL_TYPED, IMPORT or SET frame. */
+    int (*command)(void *self, uint8_t letter, const uint8_t *payload,
+                   size_t len, struct afork_failure *ret_failure);
+    /* Finds the function, so that the caller of the loop can enter it. */
+    int (*find)(void *self, const uint8_t *name, size_t len,
+                struct afork_failure *ret_failure);
+    /* fork(2) with all that the language needs around it; -errno. */
+    pid_t (*fork)(void *self);
+    /* Something interrupted the wait: handlers of the language may be due. */
+    void (*interrupted)(void *self);
+    /* The environment of programs that are started without one. */
+    char *const *(*environ)(void *self);
+};
+
+struct afork_server {
+    int sock; /* owned */
+    int plain; /* the original's protocol and nothing else */
+    int detached; /* outlives its parent and the application */
+    size_t frame_max;
+    struct afork_reader in;
+    struct afork_outq out;
+    struct afork_args args;
+    struct afork_children children;
+    struct afork_signals signals;
+    struct afork_failure failure; /* once set, no command is executed */
+    int started;                  /* the started report has been queued */
+    int mute;                     /* the application reads no more */
+    const struct afork_ops *ops;
+    void *self;
+};
+
+/* How the loop was left. */
+enum afork_outcome {
+    AFORK_END,   /* nobody will send another command */
+    AFORK_ENTER, /* run: enter the function that find found */
+};
+
+void afork_server_init_take(struct afork_server *s, int sock, int plain,
+                            const struct afork_ops *ops, void *self);
+void afork_server_free(struct afork_server *s);
+
+/*
+ * Serves until the process has nothing more to do as a server: an outcome, or
+ * -EPROTO, -EMSGSIZE, -ENOMEM ... for a stream that cannot be used any more
+ * (reported already, except in plain mode).  Also returns in every forked
+ * process, each with its own copy of *s.
+ */
+int afork_serve(struct afork_server *s);
+
+#endif

@@ -1,0 +1,105 @@
+/* The signal set-up of a template. */
+#define _GNU_SOURCE
+#include "signals.h"
+
+#include <string.h>
+
+static const int managed[AFORK_MANAGED] = {SIGINT, SIGQUIT, SIGTERM,
+                                           SIGHUP, SIGTSTP, SIGCHLD};
+
+/* Not SIG_IGN: that would survive exec into every program started here. */
+static void
+swallow(int sig)
+{
+    (void)sig;
+}
+
+static void
+install(struct afork_signals *s)
+{
+    struct sigaction ours, old;
+
+    memset(&ours, 0, sizeof ours);
+    ours.sa_handler = swallow; /* no SA_RESTART: CHLD must end the ppoll */
+    for (int i = 0; i < AFORK_MANAGED; i++) {
+        if (sigaction(managed[i], &ours, &old) == 0 &&
+            ((old.sa_flags & SA_SIGINFO) || old.sa_handler != swallow))
+            s->theirs[i] = old;
+    }
+}
+
+static void
+chld_mask(int how)
+{
+    sigset_t chld;
+
+    sigemptyset(&chld);
+    sigaddset(&chld, SIGCHLD);
+    sigprocmask(how, &chld, NULL);
+}
+
+void
+afork_signals_enter(struct afork_signals *s)
+{
+    memset(s, 0, sizeof *s);
+    install(s);
+    chld_mask(SIG_BLOCK);
+    sigprocmask(SIG_BLOCK, NULL, &s->wait_mask);
+    sigdelset(&s->wait_mask, SIGCHLD);
+}
+
+void
+afork_signals_open(struct afork_signals *s)
+{
+    (void)s;
+    chld_mask(SIG_UNBLOCK);
+}
+
+void
+afork_signals_close(struct afork_signals *s)
+{
+    chld_mask(SIG_BLOCK);
+    install(s);
+}
+
+void
+afork_signals_leave(struct afork_signals *s)
+{
+    sigset_t none;
+
+    for (int i = 0; i < AFORK_MANAGED; i++)
+        sigaction(managed[i], &s->theirs[i], NULL);
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+}
+
+void
+afork_signals_block_all(sigset_t *ret_old)
+{
+    sigset_t all;
+
+    sigfillset(&all);
+    sigprocmask(SIG_BLOCK, &all, ret_old);
+}
+
+void
+afork_signals_restore(const sigset_t *old)
+{
+    sigprocmask(SIG_SETMASK, old, NULL);
+}
+
+void
+afork_signals_default(void)
+{
+    struct sigaction dfl, now;
+    sigset_t none;
+
+    memset(&dfl, 0, sizeof dfl);
+    dfl.sa_handler = SIG_DFL;
+    /* glibc refuses the two that it keeps for itself. */
+    for (int sig = 1; sig < NSIG; sig++)
+        if (sigaction(sig, NULL, &now) == 0 && now.sa_handler != SIG_DFL)
+            sigaction(sig, &dfl, NULL);
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+}
