@@ -31,6 +31,8 @@ extern PyType_Spec binding_channel_spec;
 PyObject *binding_serve(PyObject *module, PyObject *args);
 PyObject *binding_fork(PyObject *module, PyObject *unused);
 PyObject *binding_detach(PyObject *module, PyObject *flag);
+PyObject *binding_report_again(PyObject *module, PyObject *unused);
+PyObject *binding_make_plain(PyObject *module, PyObject *unused);
 
 /* process.c */
 PyObject *binding_spawn(PyObject *module, PyObject *args, PyObject *kwargs);

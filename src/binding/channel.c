@@ -87,6 +87,9 @@ check_open(const Channel *c)
 static PyObject *
 status_none(int r)
 {
+    if (r == -E2BIG)
+        return PyErr_Format(PyExc_ValueError, "frame over the cap of %d bytes",
+                            (int)AFORK_FRAME_MAX);
     if (r < 0)
         return binding_oserror(r);
     Py_RETURN_NONE;

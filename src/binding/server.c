@@ -227,11 +227,11 @@ PyObject *
 binding_serve(PyObject *module, PyObject *args)
 {
     struct py_server *p;
-    PyObject *handler, *list, *result = NULL;
+    PyObject *handler, *failure = Py_None, *list, *result = NULL;
     int fd, plain, r, sock;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "ipO:serve", &fd, &plain, &handler))
+    if (!PyArg_ParseTuple(args, "ipO|O:serve", &fd, &plain, &handler, &failure))
         return NULL;
     p = PyMem_Calloc(1, sizeof *p);
     if (!p)
@@ -239,6 +239,12 @@ binding_serve(PyObject *module, PyObject *args)
     afork_server_init_take(&p->server, fd, plain, &ops, p);
     p->handler = Py_NewRef(handler);
     p->dirty = 1;
+    if (failure != Py_None && get_failure(failure, &p->server.failure) < 0) {
+        afork_server_free(&p->server);
+        Py_DECREF(p->handler);
+        PyMem_Free(p);
+        return NULL;
+    }
     p->outer = current;
     current = p;
 
@@ -265,15 +271,54 @@ binding_serve(PyObject *module, PyObject *args)
     return result;
 }
 
+/* For a main program that becomes a template; the child dies with it. */
 PyObject *
 binding_fork(PyObject *module, PyObject *unused)
 {
-    pid_t pid;
+    pid_t parent = getpid(), pid;
 
     (void)module;
     (void)unused;
     pid = fork_python();
+    if (pid == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        if (getppid() != parent)
+            _exit(1);
+    }
     return pid < 0 ? binding_oserror((int)pid) : PyLong_FromLong(pid);
+}
+
+static int
+check_serving(void)
+{
+    if (current)
+        return 0;
+    PyErr_SetString(PyExc_RuntimeError, "not in a server process");
+    return -1;
+}
+
+/* The started report goes out once more: somebody else listens now. */
+PyObject *
+binding_report_again(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    if (check_serving() < 0)
+        return NULL;
+    current->server.started = 0;
+    Py_RETURN_NONE;
+}
+
+/* From here on a foreign peer listens, who knows no reports. */
+PyObject *
+binding_make_plain(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    if (check_serving() < 0)
+        return NULL;
+    current->server.plain = 1;
+    Py_RETURN_NONE;
 }
 
 PyObject *
@@ -282,12 +327,8 @@ binding_detach(PyObject *module, PyObject *flag)
     int on = PyObject_IsTrue(flag);
 
     (void)module;
-    if (on < 0)
+    if (on < 0 || check_serving() < 0)
         return NULL;
-    if (!current) {
-        PyErr_SetString(PyExc_RuntimeError, "not in a server process");
-        return NULL;
-    }
     current->server.detached = on;
     if (prctl(PR_SET_PDEATHSIG, on ? 0 : SIGKILL) < 0)
         return binding_oserror(-errno);

@@ -456,6 +456,10 @@ afork_serve(struct afork_server *s)
     int r = NEXT;
 
     afork_signals_enter(&s->signals);
+    if (s->failure.payload) { /* failed before it began: say so, then answer */
+        afork_report_started(s);
+        afork_report_failure(s);
+    }
     while (r == NEXT) {
         int got = afork_reader_next(&s->in, s->sock, &frame);
 

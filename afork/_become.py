@@ -1,0 +1,113 @@
+"""What run and exec return: awaitables that nobody has to await."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Coroutine, Generator
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from ._process import Process
+
+if TYPE_CHECKING:
+    import socket
+    from types import TracebackType
+
+T = TypeVar("T")
+
+
+class _Become(Coroutine[Any, Any, T], Generic[T]):
+    """A coroutine object whose work has been queued already.
+
+    It can be awaited once, or given to ``asyncio.create_task``. Dropped without
+    that, it is silent, and its process is configured and forgotten.
+    """
+
+    __slots__ = ("_coroutine", "_process")
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._coroutine: Coroutine[Any, Any, T] | None = None
+
+    def _over(self) -> bool:
+        raise NotImplementedError
+
+    def _result(self) -> T:
+        raise NotImplementedError
+
+    async def _wait(self) -> T:
+        process = self._process
+        try:
+            await process.until(lambda: process.error is not None or self._over())
+        except BaseException:
+            # Cancelled, or its loop is being torn down: nobody will ever hold
+            # the socket, so nobody could end the process.
+            process.kill()
+            raise
+        process.raise_error()
+        return self._result()
+
+    def _start(self) -> Coroutine[Any, Any, T]:
+        if self._coroutine is None:
+            self._coroutine = self._wait()
+        return self._coroutine
+
+    def __await__(self) -> Generator[Any, None, T]:
+        if self._coroutine is not None:
+            raise RuntimeError("cannot be awaited twice")
+        return self._start().__await__()
+
+    def send(self, value: Any) -> Any:
+        return self._start().send(value)
+
+    def throw(
+        self,
+        kind: Any,
+        value: BaseException | object = None,
+        traceback: TracebackType | None = None,
+    ) -> Any:
+        if value is None and traceback is None:
+            return self._start().throw(kind)
+        return self._start().throw(kind, value, traceback)
+
+    def close(self) -> None:
+        """Give up: the process is killed if it is being waited for."""
+        if self._coroutine is not None:
+            self._coroutine.close()
+
+    def __del__(self) -> None:
+        # Whatever was awaited has ended or killed the process by itself.
+        if self._coroutine is None and not sys.is_finalizing():
+            self._process.forget()
+
+    def __repr__(self) -> str:
+        name = type(self).__name__.lower()
+        return f"<afork {name} pid={self._process.pid}>"
+
+
+class Run(_Become["socket.socket"]):
+    """The awaitable of `Fork.run`: our end of the socket."""
+
+    __slots__ = ()
+
+    def _over(self) -> bool:
+        return self._process.running
+
+    def _result(self) -> socket.socket:
+        sock, self._process.sock = self._process.sock, None
+        if sock is None:
+            raise asyncio.InvalidStateError("the socket was given to the callback")
+        return sock
+
+
+class Exec(_Become["socket.socket | None"]):
+    """The awaitable of `Fork.exec`: our end of its stream socket, or None."""
+
+    __slots__ = ()
+
+    def _over(self) -> bool:
+        return self._process.executed
+
+    def _result(self) -> socket.socket | None:
+        sock, self._process.sock = self._process.sock, None
+        return sock

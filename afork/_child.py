@@ -1,0 +1,401 @@
+"""What a process made by afork executes: the handler of the server loop.
+
+Everything here is imported by every template and so is part of every worker:
+it loads little, and nothing that registers a callback at fork (threading,
+logging, random and asyncio do).
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from types import ModuleType
+from typing import Any, NoReturn, TypeAlias
+
+from . import _afork
+from ._version import __version__
+
+#: stage, errno, type, message, traceback, filename
+Failure: TypeAlias = "tuple[str, int, bytes, bytes, bytes, bytes]"
+
+#: What AnyEvent::Fork's `require` sends as code.
+PERL_REQUIRE = b'require "$_.pm" for @_'
+
+_STAGES = {
+    _afork.CMD_EVAL: "eval",
+    _afork.CMD_EVAL_TYPED: "eval",
+    _afork.CMD_IMPORT: "require",
+    _afork.CMD_SET: "set",
+}
+
+#: Whether this process was made by afork.
+serving = False
+
+#: Source of evaluated code by the file name that tracebacks show.
+_sources: dict[str, str] = {}
+
+
+def _text(value: object) -> bytes:
+    return str(value).encode("utf-8", "replace")
+
+
+def _format(exc: BaseException) -> str:
+    """The traceback of an exception, evaluated code included."""
+    import linecache
+    import traceback
+
+    for name, source in _sources.items():
+        linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+    tb = exc.__traceback__
+    # Our own frames say nothing to the author of the code.
+    while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
+        tb = tb.tb_next
+    return "".join(traceback.format_exception(type(exc), exc, tb))
+
+
+def _failure(stage: str, exc: BaseException) -> Failure:
+    cls = type(exc)
+    name = cls.__qualname__
+    if cls.__module__ != "builtins":
+        name = f"{cls.__module__}.{name}"
+    try:
+        message, trace = _text(exc), _text(_format(exc))
+    except Exception as broken:
+        message, trace = _text(f"<no message: {broken!r}>"), b""
+    return stage, 0, _text(name), message, trace, b""
+
+
+def _main() -> ModuleType:
+    return sys.modules["__main__"]
+
+
+def _import(name: str) -> ModuleType:
+    """The module itself, not the top of its package."""
+    module = sys.modules.get(name)
+    if module is None:
+        __import__(name)
+        module = sys.modules[name]
+    return module
+
+
+def _resolve(name: str) -> Any:
+    """The object behind "pkg.mod.name", "pkg.mod:name" or "name"."""
+    found: Any
+    module, colon, path = name.partition(":")
+    if colon:
+        found = _import(module) if module != "__main__" else _main()
+    else:
+        module, _, path = name.rpartition(".")
+        found = _main()
+        # The longest prefix that is a module: the rest are attributes.
+        while module and module != "__main__":
+            try:
+                found = _import(module)
+            except ModuleNotFoundError as exc:
+                if exc.name != module or "." not in module:
+                    raise
+                module, _, attribute = module.rpartition(".")
+                path = f"{attribute}.{path}"
+            else:
+                break
+    for attribute in path.split("."):
+        found = getattr(found, attribute)
+    if not callable(found):
+        raise TypeError(f"{name!r} is not callable")
+    return found
+
+
+class Handler:
+    """Called by the server loop in C, see src/binding/server.c."""
+
+    def __init__(self, plain: bool) -> None:
+        self.plain = plain
+        self.func: Any = None
+        self.title = b""
+        self.main_loaded = False
+
+    # -- commands
+
+    def command(self, letter: int, payload: bytes) -> Failure | None:
+        try:
+            strings = _afork.unpack_strings(payload)
+            if letter == _afork.CMD_EVAL:
+                self.eval_plain(strings)
+            elif letter == _afork.CMD_EVAL_TYPED:
+                args = (
+                    item[1:]
+                    if item[:1] == b"b"
+                    else item[1:].decode("utf-8", "surrogatepass")
+                    for item in strings[1:]
+                )
+                self.eval(strings[0], tuple(args))
+            elif letter == _afork.CMD_IMPORT:
+                for name in strings:
+                    self.require(name.decode())
+            else:
+                for i in range(0, len(strings), 2):
+                    self.set(strings[i].decode(), strings[i + 1])
+        except BaseException as exc:
+            return self.failed(_STAGES[letter], exc)
+        return None
+
+    def failed(self, stage: str, exc: BaseException) -> Failure:
+        failure = _failure(stage, exc)
+        if self.plain:
+            # The protocol of the original has nowhere else to say it.
+            complain(failure[4].decode("utf-8", "replace").rstrip("\n"))
+        return failure
+
+    def eval_plain(self, strings: list[bytes]) -> None:
+        if not strings:
+            return
+        if strings[0] == PERL_REQUIRE:
+            for name in strings[1:]:
+                self.require(name.decode().replace("/", "."))
+        else:
+            self.eval(strings[0], tuple(strings[1:]))
+
+    def eval(self, code: bytes, args: tuple[object, ...]) -> None:
+        source = code.decode("utf-8", "surrogatepass")
+        name = f"<afork eval {len(_sources) + 1}>"
+        _sources[name] = source
+        names = _main().__dict__
+        missing = object()
+        before = names.get("args", missing)
+        names["args"] = args
+        try:
+            exec(compile(source, name, "exec", dont_inherit=True), names)
+        finally:
+            # Unless the code has made the name its own.
+            if names.get("args") is args:
+                if before is missing:
+                    del names["args"]
+                else:
+                    names["args"] = before
+
+    def require(self, name: str) -> None:
+        top = __import__(name)
+        setattr(_main(), name.partition(".")[0], top)
+
+    def set(self, key: str, value: bytes) -> None:
+        if key == "path":
+            sys.path[:] = [os.fsdecode(p) for p in _afork.unpack_strings(value)]
+            sys.path_importer_cache.clear()
+        elif key == "prefix":
+            names = ("prefix", "exec_prefix", "base_prefix", "base_exec_prefix")
+            for name, prefix in zip(names, _afork.unpack_strings(value), strict=True):
+                setattr(sys, name, os.fsdecode(prefix))
+        elif key == "site":
+            import site
+
+            site.main()
+        elif key == "main":
+            self.load_main(*_afork.unpack_strings(value))
+        elif key == "env":
+            name_, _, text = value.partition(b"=")
+            os.environb[name_] = text
+        elif key == "unsetenv":
+            os.environb.pop(value, None)
+        elif key == "cwd":
+            os.chdir(value)
+        elif key == "umask":
+            os.umask(int(value))
+        elif key == "rlimit":
+            import resource
+
+            which, soft, hard = map(int, value.split())
+            resource.setrlimit(which, (soft, hard))
+        elif key == "title":
+            self.title = value
+            _afork.set_title(value)
+        elif key == "detach":
+            _afork.detach(value == b"1")
+        elif key == "hello":
+            _afork.report_again()
+        elif key == "plain":
+            self.plain = True
+            _afork.make_plain()
+        else:
+            raise ValueError(f"unknown setting {key!r}")
+
+    def load_main(self, kind: bytes, name: bytes) -> None:
+        """Load the application's main program here, as multiprocessing does."""
+        if self.main_loaded or not name:
+            return
+        self.main_loaded = True
+        old = _main()
+        module = ModuleType("__mp_main__")
+        module.__dict__.update(
+            {k: v for k, v in old.__dict__.items() if not k.startswith("__")}
+        )
+        if kind == b"name":
+            import importlib.util
+
+            spec = importlib.util.find_spec(name.decode())
+            if spec is None or spec.loader is None:
+                raise ImportError(f"cannot find the main module {name.decode()!r}")
+            module.__spec__ = spec
+            module.__package__ = spec.parent
+            module.__file__ = spec.origin
+            code = spec.loader.get_code(spec.name)  # type: ignore[attr-defined]
+        else:
+            path = os.fsdecode(name)
+            module.__file__ = path
+            with open(path, "rb") as file:
+                code = compile(file.read(), path, "exec", dont_inherit=True)
+        sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+        exec(code, module.__dict__)
+
+    # -- run
+
+    def find(self, name: bytes) -> Failure | None:
+        try:
+            text = name.decode()
+            if self.plain:
+                text = text.replace("::", ".")
+            self.func = _resolve(text)
+        except BaseException as exc:
+            return self.failed("run", exc)
+        _afork.set_title(self.title or b"afork: worker " + name)
+        return None
+
+    def handle(self, fd: int) -> object:
+        from ._handles import arrived
+
+        return arrived(fd)
+
+    # -- forks
+
+    def before_fork(self) -> bool:
+        """Whether the child has exit handlers to forget."""
+        flush()
+        return atexit._ncallbacks() > 0
+
+    def clear_atexit(self) -> None:
+        atexit._clear()
+
+
+def flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            pass  # None, closed, or a reader that has gone
+
+
+def complain(text: str) -> None:
+    try:
+        sys.stderr.write(f"afork [{os.getpid()}]: {text}\n")
+    except (AttributeError, OSError, ValueError):
+        pass
+
+
+def enter(func: Any, fd: int, args: list[object]) -> NoReturn:
+    """Call the function that a process was made for, and end the process."""
+    import socket
+
+    status = 0
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+        result = func(sock, *args)
+        if hasattr(result, "__await__"):
+            import asyncio
+
+            async def call() -> None:
+                await result
+
+            asyncio.run(call())
+    except BaseException as exc:
+        status = exit_status(exc)
+    end(status)
+
+
+def exit_status(exc: BaseException) -> int:
+    """What CPython does with an exception that reaches the top."""
+    if isinstance(exc, SystemExit):
+        code = exc.code
+        if code is None:
+            return 0
+        if isinstance(code, int):
+            return code & 0xFF
+        complaint = str(code)
+    else:
+        complaint = _format(exc).rstrip("\n")
+    flush()
+    try:
+        print(complaint, file=sys.stderr)
+    except (AttributeError, OSError, ValueError):
+        pass
+    return 1
+
+
+def end(status: int) -> NoReturn:
+    """End the process as an interpreter ends, except for finalisation.
+
+    Finalising costs milliseconds and would run destructors of objects that
+    belong to the template.
+    """
+    try:
+        threading = sys.modules.get("threading")
+        if threading is not None:
+            threading._shutdown()
+        atexit._run_exitfuncs()
+    finally:
+        flush()
+        os._exit(status)
+
+
+def serve(fd: int, plain: bool, failure: Failure | None = None) -> NoReturn:
+    """Serve commands on fd, then enter what they asked for."""
+    global serving
+    serving = True
+    handler = Handler(plain)
+    try:
+        entered = _afork.serve(fd, plain, handler, failure)
+    except OSError as exc:
+        if handler.plain and exc.errno != 125:  # ECANCELED: said already
+            complain(str(exc))
+        end(1)
+    if entered is None:
+        end(0)
+    enter(handler.func, *entered)
+
+
+def main() -> NoReturn:
+    """Entry of an exec'ed interpreter: -c CODE DIRECTORY VERSION FD OWNER."""
+    directory, version, fd = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    sys.path.remove(directory)
+    sys.argv[1:] = []
+    names = _main().__dict__
+    for name in [n for n in names if not n.startswith("__")]:
+        del names[name]
+    failure = None
+    if version != __version__:
+        failure = (
+            "start",
+            0,
+            b"TemplateError",
+            _text(
+                f"the application runs afork {version}, but the installed package "
+                f"is {__version__}: restart the application"
+            ),
+            b"",
+            b"",
+        )
+    else:
+        prepare()
+    serve(fd, False, failure)
+
+
+def prepare() -> None:
+    """What site would have done, and what every worker needs: once, here."""
+    import site
+    import socket  # noqa: F401 - run hands out sockets
+
+    from . import _handles  # noqa: F401
+
+    site.setquit()
+    site.setcopyright()
+    site.sethelper()
+    _afork.set_title(b"afork: template")

@@ -1,0 +1,59 @@
+"""The name under which a process finds the function that it is to enter."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+def function_name(
+    func: str | Callable[..., object], has_main: bool
+) -> tuple[str, bool]:
+    """The name to send, and whether the process must load our main program.
+
+    Args:
+        func: A name, or a callable that can be imported under its own.
+        has_main: Whether the process was forked from the main program.
+
+    Raises:
+        TypeError: nothing that can be imported: a lambda, a closure, a method.
+        ValueError: an empty name.
+    """
+    if isinstance(func, str):
+        if not func or "\0" in func:
+            raise ValueError(f"not the name of a function: {func!r}")
+        return func, False
+    if not callable(func):
+        raise TypeError(f"a function or its name is needed, not {type(func).__name__}")
+    module = getattr(func, "__module__", None)
+    name = getattr(func, "__qualname__", None)
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise TypeError(
+            f"{func!r} has no name to import it by: run a function of a module"
+        )
+    if "<" in name:  # <lambda>, <locals>
+        raise TypeError(
+            f"{module}.{name} cannot be imported in the process: lambdas and "
+            "functions inside functions exist only here"
+        )
+    found: object = sys.modules.get(module)
+    for attribute in name.split("."):
+        found = getattr(found, attribute, None)
+    if found is None or (
+        found is not func
+        and getattr(found, "__wrapped__", None) is not func
+        and not _same_method(found, func)
+    ):
+        raise TypeError(
+            f"{module}.{name} is not {func!r}: the process would run something else"
+        )
+    return f"{module}:{name}", module == "__main__" and not has_main
+
+
+def _same_method(found: object, func: object) -> bool:
+    """A class or static method, made anew at each access, is the same."""
+    return (
+        found == func
+        and getattr(func, "__self__", None) is not None
+        and isinstance(getattr(func, "__self__", None), type)
+    )

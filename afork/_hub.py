@@ -1,0 +1,165 @@
+"""One epoll instance for all descriptors of afork in this process.
+
+Templates belong to the process, not to an event loop, so neither do their
+sockets: they are registered here, and every loop that uses afork watches the
+epoll descriptor itself. Whichever loop is awake first drains it, under a
+lock; what it finds wakes futures of any loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TypeAlias
+
+IN = select.EPOLLIN
+OUT = select.EPOLLOUT
+
+#: Called with the EPOLL* bits that are set.
+Callback: TypeAlias = Callable[[int], None]
+
+
+class Hub:
+    """The descriptors that afork watches in this process, and who watches it."""
+
+    def __init__(self) -> None:
+        #: Held while callbacks run and by calls that queue several frames.
+        self.lock = threading.RLock()
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callback] = {}
+        self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+
+    def attach(self) -> asyncio.AbstractEventLoop:
+        """Make the running loop drain this hub; RuntimeError without one."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._loops:
+            loop.add_reader(self._epoll.fileno(), self.drain)
+            self._loops.add(loop)
+        return loop
+
+    def attach_any(self) -> bool:
+        """Attach the running loop, if one runs in this thread."""
+        try:
+            self.attach()
+        except RuntimeError:
+            return False
+        return True
+
+    def watch(self, fd: int, callback: Callback, events: int = IN) -> None:
+        self._callbacks[fd] = callback
+        self._epoll.register(fd, events)
+
+    def change(self, fd: int, events: int) -> None:
+        self._epoll.modify(fd, events)
+
+    def unwatch(self, fd: int) -> None:
+        """Must come before the descriptor is closed: numbers are reused."""
+        if self._callbacks.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def drain(self) -> None:
+        """Handle all events that are there; never waits."""
+        with self.lock:
+            for fd, events in self._epoll.poll(0, 256):
+                callback = self._callbacks.get(fd)
+                if callback is not None:  # an earlier one may have closed it
+                    callback(events)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for an event without a loop, then drain: for the end of the process."""
+        select.select([self._epoll], [], [], max(seconds, 0))
+        self.drain()
+
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call back after a while; at once if no loop runs in this thread."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            callback()
+        else:
+            loop.call_later(seconds, self._locked, callback)
+
+    def _locked(self, callback: Callable[[], None]) -> None:
+        with self.lock:
+            callback()
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        return list(self._callbacks.values())
+
+    def close(self) -> None:
+        """Forget everything; loops of this process stop watching."""
+        for loop in list(self._loops):
+            if not loop.is_closed() and _same_thread(loop):
+                loop.remove_reader(self._epoll.fileno())
+        self._callbacks.clear()
+        self._epoll.close()
+
+
+def _same_thread(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return not loop.is_running()
+
+
+def wake(future: asyncio.Future[None]) -> None:
+    """Complete a future of whatever loop it belongs to."""
+    loop = future.get_loop()
+    try:
+        here = asyncio.get_running_loop() is loop
+    except RuntimeError:
+        here = False
+    if here:
+        _complete(future)
+    elif not loop.is_closed():
+        try:
+            loop.call_soon_threadsafe(_complete, future)
+        except RuntimeError:
+            pass  # closed since: nobody can be waiting
+
+
+def _complete(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+_hub: Hub | None = None
+
+
+def hub() -> Hub:
+    """The hub of this process, made on first use."""
+    global _hub
+    if _hub is None:
+        _hub = Hub()
+        _watch_forks()
+    return _hub
+
+
+#: What a forked child of the application has to give up; set by _process.
+forget_all: list[Callable[[list[Callback]], None]] = []
+
+_watching_forks = False
+
+
+def _watch_forks() -> None:
+    global _watching_forks
+    if not _watching_forks:
+        _watching_forks = True
+        os.register_at_fork(after_in_child=_forked)
+
+
+def _forked() -> None:
+    """In a child of the application: every descriptor has one owner, not us."""
+    global _hub
+    if _hub is not None:
+        old, _hub = _hub, None
+        callbacks = old.callbacks
+        old._callbacks.clear()
+        old._epoll.close()
+        for forget in forget_all:
+            forget(callbacks)

@@ -1,0 +1,186 @@
+"""Which Python a template runs, how it is started, and what it is told.
+
+A module that can be imported in the application must be importable in its
+processes, yet no line of foreign code may run before the application's path
+has arrived. So the interpreter starts isolated and without site; the path and
+what else belongs to the application's import state follow as the first frame.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import afork
+
+from . import _afork
+from ._process import Process
+from ._version import __version__
+
+#: Nothing but the standard library comes before our own directory.
+_BOOT = (
+    "import sys; sys.path.append(sys.argv[1]); import afork._child; afork._child.main()"
+)
+
+#: Number of its socket in a new interpreter.
+_FAR = 3
+
+#: Finders on sys.meta_path that hook nothing a worker needs to import.
+_HARMLESS_FINDERS = ("_distutils_hack", "_pytest", "importlib", "six", "_frozen")
+
+
+def find_python() -> str:
+    """Path of the interpreter to run.
+
+    ``afork.python`` if it is set; else ``sys.executable``, unless that is
+    empty or the name of another program that embeds Python.
+    """
+    if afork.python is not None:
+        return os.fspath(afork.python)
+    base = getattr(sys, "_base_executable", None)
+    for path in (sys.executable, base):
+        if path and os.path.basename(path).startswith(("python", "pypy")):
+            return path
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    path = os.path.join(sys.base_exec_prefix, "bin", version)
+    if os.path.exists(path):
+        return path
+    raise FileNotFoundError(
+        2,
+        f"no Python found (sys.executable is {sys.executable!r}): set afork.python",
+        path,
+    )
+
+
+def _flags() -> list[str]:
+    """-O, -W, -X and the like, as multiprocessing passes them on."""
+    flags = subprocess._args_from_interpreter_flags()
+    flags = [f for f in flags if f not in ("-I", "-s", "-S", "-E", "-P")]
+    if sys.flags.utf8_mode and "-Xutf8" not in flags:
+        flags += ["-X", "utf8"]
+    return flags
+
+
+def spawn(
+    command: list[str | bytes], env: dict[bytes, bytes], plain: bool = False
+) -> Process:
+    """Start a program on the far end of a new socket; it is our child.
+
+    The number of its socket and our pid are appended to its arguments.
+    """
+    import socket
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with theirs:
+        channel_fd = ours.detach()
+        try:
+            argv = [os.fsencode(x) for x in command]
+            argv += [b"%d" % _FAR, b"%d" % os.getpid()]
+            with _stdio() as fds:
+                pid = _afork.spawn(
+                    argv[0],
+                    tuple(argv),
+                    tuple(b"%s=%s" % item for item in env.items()),
+                    (*fds, (theirs.fileno(), _FAR)),
+                )
+        except BaseException:
+            os.close(channel_fd)
+            raise
+    process = Process(_afork.Channel(channel_fd, plain), plain=plain)
+    process.pid = pid
+    process.pidfd = os.pidfd_open(pid)
+    process.direct = True
+    process.watch_exit()
+    return process
+
+
+class _stdio:
+    """The stdio of this process for a child; /dev/null where one is closed.
+
+    Otherwise the child's next descriptor would take the number, and whatever
+    prints would write into a socket.
+    """
+
+    def __enter__(self) -> list[tuple[int, int]]:
+        self.null = -1
+        fds = []
+        for number in (0, 1, 2):
+            try:
+                os.fstat(number)
+            except OSError:
+                if self.null < 0:
+                    self.null = os.open(os.devnull, os.O_RDWR)
+                fds.append((self.null, number))
+            else:
+                fds.append((number, number))
+        return fds
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.null >= 0:
+            os.close(self.null)
+
+
+def spawn_template(python: str | None = None) -> Process:
+    """Start an interpreter as a template and tell it how we import.
+
+    Raises:
+        OSError: the interpreter cannot be executed; ``filename`` is its path.
+    """
+    python = python or find_python()
+    directory = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    command: list[str | bytes] = [python, *_flags(), "-I", "-S", "-c", _BOOT]
+    process = spawn([*command, directory, __version__], dict(os.environb))
+    assert process.channel is not None
+    settings = [
+        b"prefix",
+        _pack(sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix),
+    ]
+    if needs_site():
+        settings += [b"site", b""]
+    process.channel.strings(_afork.CMD_SET, settings)
+    update_path(process)
+    return process
+
+
+def needs_site() -> bool:
+    """Whether imports here go through a hook that site has installed.
+
+    Editable installs of some build tools put a finder on ``sys.meta_path`` by
+    a .pth file. Otherwise the search path says it all, and processing site
+    again would make every start and every fork dearer.
+    """
+    for finder in sys.meta_path:
+        module = getattr(finder, "__module__", type(finder).__module__)
+        if not str(module).startswith(_HARMLESS_FINDERS):
+            return True
+    return False
+
+
+def update_path(process: Process) -> None:
+    """Queue the application's sys.path unless the process has it."""
+    if process.path == sys.path or process.plain or process.channel is None:
+        return
+    process.path = list(sys.path)
+    # '' is the working directory of whoever looks, but only we mean ours.
+    entries = [os.path.abspath(p) for p in sys.path if isinstance(p, str)]
+    process.channel.strings(_afork.CMD_SET, [b"path", _pack(*entries)])
+
+
+def _pack(*paths: str) -> bytes:
+    return _afork.pack_strings([os.fsencode(p) for p in paths])
+
+
+def main_module() -> list[bytes]:
+    """How a process can load the application's main program: kind and name."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None and spec.name:
+        return [b"name", spec.name.encode()]
+    path = getattr(main, "__file__", None)
+    if path:
+        return [b"path", os.fsencode(os.path.abspath(path))]
+    raise TypeError(
+        "functions of __main__ can only be run when it is a file or a module "
+        "that a process can load: this one was typed in or given with -c"
+    )

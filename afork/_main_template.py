@@ -1,0 +1,133 @@
+"""Templates forked from the main program itself: Early and Template.
+
+They share what the program has loaded so far, and inherit what it has open.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+from . import _afork, _child
+from ._process import Process
+
+if TYPE_CHECKING:
+    from ._fork import Fork
+
+
+def fork_main() -> Fork | None:
+    """Fork the main program, as prepared so far, as a template.
+
+    The explicit form of ``from afork.template import TEMPLATE``. Its processes
+    have everything that the program has defined and loaded up to this call;
+    they also inherit the descriptors that it has open.
+
+    Returns:
+        The template; None in a process that was made by afork (it has loaded
+        the main program to find a function).
+
+    Raises:
+        RuntimeError: there are other threads or a running event loop, which a
+            fork would tear.
+        OSError: the process could not be forked.
+    """
+    process = _fork_here("fork_main()")
+    if process is None:
+        return None
+    from ._fork import Fork
+
+    process.has_main = True
+    return Fork._wrap(process)
+
+
+def fork_early() -> None:
+    """Fork an almost empty program as the root of all later processes."""
+    process = _fork_here("afork.early")
+    if process is not None:
+        from ._default import set_early
+
+        set_early(process)
+
+
+def _fork_here(what: str) -> Process | None:
+    if _child.serving:
+        return None
+    if len(os.listdir("/proc/self/task")) > 1:
+        names = ""
+        if "threading" in sys.modules:
+            threads = sys.modules["threading"].enumerate()
+            names = ": " + ", ".join(t.name for t in threads)
+        raise RuntimeError(f"{what} needs a program without other threads{names}")
+    asyncio_events = sys.modules.get("asyncio.events")
+    if asyncio_events is not None and asyncio_events._get_running_loop() is not None:
+        raise RuntimeError(f"{what} must come before the event loop runs")
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    _child.flush()
+    try:
+        pid = _afork.fork()
+    except OSError:
+        ours.close()
+        theirs.close()
+        raise
+    if pid == 0:
+        ours.close()
+        _become_template(theirs.detach())
+    theirs.close()
+    process = Process(_afork.Channel(ours.detach()))
+    process.pid = pid
+    process.pidfd = os.pidfd_open(pid)
+    process.direct = True
+    process.path = list(sys.path)
+    process.watch_exit()
+    return process
+
+
+def _become_template(fd: int) -> None:
+    """In the child: nothing of the program goes on here. Never returns."""
+    os.setsid()
+    atexit._clear()
+    _reset_signals()
+    _leave_imports()
+    _child.prepare()
+    _child.serve(fd, False)
+
+
+def _reset_signals() -> None:
+    """Handlers of the program belong to the program."""
+    # The extension module: the Python one would cost every worker an enum.
+    import _signal
+
+    # On 3.11 a signal here would wake the program's event loop.
+    _signal.set_wakeup_fd(-1)
+    for number in range(1, _signal.NSIG):
+        handler = _signal.getsignal(number)
+        if callable(handler):
+            default = number == _signal.SIGINT
+            _signal.signal(
+                number, _signal.default_int_handler if default else _signal.SIG_DFL
+            )
+
+
+def _leave_imports() -> None:
+    """Undo being in the middle of an import, which will never be finished.
+
+    Whoever imports the same modules in a worker would wait for the lock of
+    this thread, or be given half a module with a warning.
+    """
+    import _frozen_importlib
+    import _thread
+
+    me = _thread.get_ident()
+    for reference in list(_frozen_importlib._module_locks.values()):
+        lock = reference()
+        while lock is not None and lock.owner == me:
+            lock.release()
+    _frozen_importlib._blocking_on.clear()
+    for module in list(sys.modules.values()):
+        spec = getattr(module, "__spec__", None)
+        if spec is not None and getattr(spec, "_initializing", False):
+            spec._initializing = False

@@ -1,0 +1,653 @@
+"""One process as the application sees it: its socket, its reports, its end.
+
+A :class:`Process` outlives the :class:`~afork.Fork` object that users hold:
+the hub keeps it for as long as its socket has to be read, its template's for
+as long as its exit status may still arrive.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import signal
+import socket
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from . import _afork, _hub
+from ._errors import ProtocolError, RemoteError, TemplateError, WorkerLost
+from ._hub import IN, OUT, hub, wake
+
+if TYPE_CHECKING:
+    import asyncio
+    import resource
+
+logger = logging.getLogger("afork")
+
+#: Seconds that a report about a process may come later than its end.
+GRACE = 1.0
+
+#: Each leaves room for the numbers of one fork request of several processes.
+_ids = itertools.count(256, 256)
+_EXITED = struct.Struct("=QIi18q")
+_STARTED = struct.Struct("=I")
+_SPAWNED = struct.Struct("=QI")
+_FAILED = struct.Struct("=QiB")
+_TOKEN = struct.Struct("=Q")
+_STAGES = ("", "fork", "setup", "cwd", "exec")
+
+
+def next_id() -> int:
+    """A number for a process or a request, unique in this application.
+
+    The 255 that follow it are unused and the caller's, too.
+    """
+    return next(_ids)
+
+
+class Process:
+    """A process: what it has reported, and who waits to hear of it."""
+
+    __slots__ = (
+        "_exit_callbacks",
+        "_losing",
+        "_waiters",
+        "_watching_exit",
+        "broken",
+        "callback",
+        "channel",
+        "children",
+        "claimed",
+        "direct",
+        "done",
+        "dropped",
+        "error",
+        "executed",
+        "exited",
+        "forgotten",
+        "forked",
+        "gone",
+        "handles",
+        "has_main",
+        "id",
+        "moved",
+        "names",
+        "parent",
+        "path",
+        "pid",
+        "pidfd",
+        "plain",
+        "released",
+        "running",
+        "signals",
+        "sock",
+        "status",
+        "usage",
+        "was_logged",
+    )
+
+    def __init__(
+        self,
+        channel: _afork.Channel | None,
+        *,
+        id: int = 0,
+        parent: Process | None = None,
+        plain: bool = False,
+    ) -> None:
+        self.id = id
+        self.channel = channel
+        self.plain = plain
+        self.parent = parent
+        #: Processes whose exit this one will report, by id.
+        self.children: dict[int, Process] = {}
+        self.pid: int | None = None
+        self.pidfd = -1  # owned
+        #: Whether it is our child, and ours to reap.
+        self.direct = False
+        self.running = False
+        self.executed = False
+        #: Our end of the socket once run has taken it over; owned until given.
+        self.sock: socket.socket | None = None
+        self.error: BaseException | None = None
+        #: Highest token of a ready request that was answered.
+        self.done = 0
+        #: Nothing can be written any more; what explains it may be readable.
+        self.broken = False
+        #: Its socket has come to an end.
+        self.gone = False
+        #: Its end is known, or will not be known any more (status None).
+        self.exited = False
+        self.status: int | None = None
+        self.usage: tuple[int, ...] | None = None
+        #: It has made processes of its own.
+        self.forked = False
+        #: "run" or "exec" once it was asked to become something.
+        self.claimed = ""
+        #: Nobody will await what it was asked to become.
+        self.forgotten = False
+        #: No Fork object refers to it any more.
+        self.dropped = False
+        #: Its end has been asked for.
+        self.released = False
+        self.callback: Callable[[socket.socket], object] | None = None
+        self.handles = parent.handles if parent else 0
+        self.has_main = parent.has_main if parent else False
+        self.path: list[str] = parent.path if parent else []
+        self.names: tuple[str, ...] = ()
+        self.signals: list[int] = []
+        self.moved = False
+        self.was_logged = False
+        self._waiters: list[asyncio.Future[None]] = []
+        self._exit_callbacks: list[Callable[[], None]] = []
+        self._losing = False
+        self._watching_exit = False
+        if channel is not None:
+            hub().watch(channel.fileno(), self._on_event)
+
+    # -- waiting
+
+    async def until(self, happened: Callable[[], bool]) -> None:
+        """Wait until a report has made the predicate true."""
+        loop = hub().attach()
+        while not happened():
+            future = loop.create_future()
+            self._waiters.append(future)
+            try:
+                await future
+            finally:
+                if future in self._waiters:
+                    self._waiters.remove(future)
+
+    def _wake(self) -> None:
+        if self._waiters:
+            waiters, self._waiters = self._waiters, []
+            for future in waiters:
+                wake(future)
+
+    # -- writing
+
+    def flush(self) -> None:
+        """Send what the socket takes; the rest as it takes it.
+
+        Without a running loop there is nobody to send the rest, so this waits.
+        """
+        channel = self.channel
+        if channel is None or self.gone:
+            return
+        try:
+            if channel.flush():
+                self._flushed()
+                return
+            if hub().attach_any():
+                hub().change(channel.fileno(), IN | OUT)
+            else:
+                while not channel.flush():
+                    select_writable(channel.fileno())
+                self._flushed()
+        except OSError as exc:
+            if exc.errno not in (errno.EPIPE, errno.ECONNRESET):
+                raise
+            self.broken = True
+
+    def _flushed(self) -> None:
+        if self.released and self.channel is not None:
+            if self.plain:
+                self._close()
+            else:
+                self.channel.shutdown()
+        elif self.plain and self.claimed and not self.running:
+            self._on_running()
+
+    # -- reading
+
+    def _on_event(self, events: int) -> None:
+        channel = self.channel
+        if channel is None:
+            return
+        if events & OUT:
+            hub().change(channel.fileno(), IN)
+            self.flush()
+            if self.channel is not channel:
+                self._wake()
+                return
+        if self.plain:
+            # Before run, a plain process has nothing to say but its end; after
+            # it what can be read is the user's.
+            if events & ~OUT and not self.running and peer_has_closed(channel.fileno()):
+                self._on_end()
+            self._wake()
+            return
+        for letter, payload, fd in channel.receive():
+            self._on_report(letter, payload, fd)
+        if self.channel is channel and channel.eof:
+            self._on_end()
+        self._wake()
+
+    def _on_report(self, letter: int, payload: bytes, fd: int) -> None:
+        try:
+            if letter == _afork.REP_STARTED or letter == _afork.REP_STARTED_BARE:
+                self._on_started(_STARTED.unpack(payload)[0], fd)
+            elif letter == _afork.REP_RUNNING:
+                self._on_running()
+            elif letter == _afork.REP_EXITED:
+                id, _pid, status, *usage = _EXITED.unpack(payload)
+                child = self.children.pop(id, None)
+                if child is not None:
+                    child.on_exited(None if status == -1 else status, tuple(usage))
+            elif letter == _afork.REP_DONE:
+                self.done = max(self.done, _TOKEN.unpack(payload)[0])
+            elif letter == _afork.REP_ERROR:
+                self.fail(error_from(payload))
+            elif letter == _afork.REP_FAILED:
+                self._on_failed(*_FAILED.unpack(payload))
+            elif letter in (_afork.REP_SPAWNED, _afork.REP_SPAWNED_BARE):
+                id, pid = _SPAWNED.unpack(payload)
+                child = self.children.get(id)
+                if child is not None:
+                    child._on_started(pid, fd)
+                    child.executed = True
+                    child._wake()
+                elif fd >= 0:
+                    os.close(fd)
+            else:
+                self._broken(f"unknown report {letter}" if letter else os.strerror(-fd))
+        except (struct.error, ValueError, UnicodeDecodeError) as exc:
+            if fd >= 0:
+                os.close(fd)
+            self._broken(str(exc))
+
+    def _broken(self, why: str) -> None:
+        self.fail(ProtocolError(f"process {self.pid or '?'} sent nonsense: {why}"))
+        self._on_end()
+
+    def _on_started(self, pid: int, fd: int) -> None:
+        if self.pidfd >= 0:
+            if fd >= 0:
+                os.close(fd)
+        elif fd >= 0:
+            self.pidfd = fd
+        else:
+            # No descriptor could be made or received. The process waits for
+            # its template to reap it, so its number is still its own.
+            try:
+                self.pidfd = os.pidfd_open(pid)
+            except OSError:
+                pass
+        self.pid = pid
+        for number in self.signals:
+            self.deliver(number)
+        self.signals.clear()
+        self._drop_pidfd()
+
+    def _on_running(self) -> None:
+        assert self.channel is not None
+        self.running = True
+        fd = self.channel.fileno()
+        hub().unwatch(fd)
+        self.channel.detach()
+        self.channel = None
+        if self.forgotten and self.callback is None:
+            os.close(fd)
+        else:
+            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+            self.sock.setblocking(False)
+            if self.callback is not None:
+                callback, self.callback = self.callback, None
+                sock, self.sock = self.sock, None
+                call_user(callback, sock)
+        self._drop_pidfd()
+
+    def _on_failed(self, id: int, number: int, stage: int) -> None:
+        child = self.children.pop(id, None)
+        if child is None:
+            return
+        name = child.names[stage] if stage < len(child.names) else ""
+        error = OSError(number, os.strerror(number), *([name] if name else []))
+        error.add_note(f"afork: {_STAGES[stage] or 'start'} failed in the template")
+        child.exited = True
+        child.fail(error)
+        child._close()
+
+    # -- the end
+
+    def _on_end(self) -> None:
+        """The socket has ended: the process is gone, or a program by now."""
+        if self.gone:
+            return
+        self.gone = True
+        replace = on_template_end.get(self)
+        if replace is not None:
+            replace(self)
+        self._close()
+        if self.claimed == "exec" and self.pid is not None and self.error is None:
+            self.executed = True
+        elif self.error is None and not self.released:
+            self._lose()
+        if self.direct:
+            self._watch_exit()
+            self._on_pidfd(IN)
+        for child in list(self.children.values()):
+            child._orphaned()
+        self.children.clear()
+        self._wake()
+
+    def _orphaned(self) -> None:
+        """Its template has gone: nobody reports its end any more."""
+        if self.exited:
+            return
+        if self.channel is None and not self.running and not self.executed:
+            self._lose()  # a program that was never started
+        if self.pidfd >= 0:
+            self._watch_exit()
+        else:
+            self.on_exited(None, None)
+
+    def _lose(self) -> None:
+        """It ended early. Why is known with its status, or its template's."""
+        if self._losing or self.error is not None:
+            return
+        self._losing = True
+        parent = self.parent
+        if self.exited and self.status is not None:
+            self._settle()
+        elif parent is not None and parent.gone and not parent.released:
+            if parent.exited:
+                self._settle()
+            else:
+                parent.when_exited(self._settle)
+                hub().later(GRACE, self._settle)
+        else:
+            self.when_exited(self._settle)
+            hub().later(GRACE, self._settle)
+
+    def _settle(self) -> None:
+        if self.error is not None or self.executed:
+            return
+        parent = self.parent
+        if (
+            self.status is None
+            and parent is not None
+            and parent.gone
+            and not parent.released
+        ):
+            error: BaseException = TemplateError(
+                "the template has died", parent.pid, parent.status
+            )
+            error.__cause__ = parent.error
+        elif self.direct and self.pid is not None:
+            error = TemplateError("the process has died", self.pid, self.status)
+        else:
+            error = WorkerLost("the process has died", self.pid, self.status)
+        self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Everything that waits for this process, now or later, gets the error."""
+        if self.error is None:
+            self.error = error
+        if self.forgotten or (self.dropped and not self.claimed):
+            self.log_error()
+        self._wake()
+
+    def log_error(self) -> None:
+        """Tell the logger, once, what nobody is going to await."""
+        if self.error is None or self.was_logged:
+            return
+        self.was_logged = True
+        logger.error("process %s failed: %s", self.pid or "(not started)", self.error)
+
+    def raise_error(self) -> None:
+        if self.error is not None:
+            self.was_logged = True
+            raise self.error
+
+    def on_exited(self, status: int | None, usage: tuple[int, ...] | None) -> None:
+        """Its wait status is known, or (None) can never be."""
+        if self.exited:
+            return
+        self.exited = True
+        self.status = status
+        self.usage = usage
+        if self.pidfd >= 0:
+            hub().unwatch(self.pidfd)
+            os.close(self.pidfd)
+            self.pidfd = -1
+        callbacks, self._exit_callbacks = self._exit_callbacks, []
+        for callback in callbacks:
+            callback()
+        self._wake()
+
+    def when_exited(self, callback: Callable[[], None]) -> None:
+        """Call back once its end is known; at once if it is."""
+        if self.exited:
+            callback()
+        else:
+            self._exit_callbacks.append(callback)
+
+    def watch_exit(self) -> None:
+        """Learn of the end from the pidfd, should no report come."""
+        if not self.exited:
+            self._watch_exit()
+
+    def _watch_exit(self) -> None:
+        if self._watching_exit or self.pidfd < 0:
+            return
+        self._watching_exit = True
+        hub().watch(self.pidfd, self._on_pidfd)
+
+    def _on_pidfd(self, events: int) -> None:
+        if self.exited or self.pidfd < 0:
+            return
+        if self.direct:
+            assert self.pid is not None
+            try:
+                pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+            except ChildProcessError:  # somebody waited for -1
+                self.on_exited(_afork.exit_status(self.pidfd), None)
+                return
+            if pid:
+                self.on_exited(status, usage_fields(usage))
+            return
+        hub().unwatch(self.pidfd)
+        if self.parent is None or self.parent.gone:
+            self._exit_by_pidfd()
+        else:
+            hub().later(GRACE, self._exit_by_pidfd)
+
+    def _exit_by_pidfd(self) -> None:
+        if not self.exited and self.pidfd >= 0:
+            self.on_exited(_afork.exit_status(self.pidfd), None)
+
+    def _drop_pidfd(self) -> None:
+        """Close it once nobody can ask for a signal or a status any more."""
+        if (
+            self.dropped
+            and (self.running or self.executed)
+            and not self.direct
+            and not self._watching_exit
+            and self.pidfd >= 0
+        ):
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    # -- signals
+
+    def send_signal(self, number: int) -> None:
+        """Now, or as soon as the process has reported its start."""
+        if self.exited or (self.gone and self.pidfd < 0):
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        if self.pidfd >= 0:
+            self.deliver(number)
+        else:
+            self.signals.append(number)
+
+    def deliver(self, number: int) -> None:
+        try:
+            signal.pidfd_send_signal(self.pidfd, number)
+        except OSError:
+            pass  # it has just ended; its status tells
+
+    def kill(self) -> None:
+        """End it whatever it does; nobody waits for it any more."""
+        self.forgotten = True
+        self.was_logged = True
+        self.callback = None
+        try:
+            self.send_signal(signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+
+    # -- letting go
+
+    def forget(self) -> None:
+        """Nobody will await run or exec: configure and forget."""
+        self.forgotten = True
+        hub().attach_any()  # somebody has to read until it runs
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+        self.log_error()
+
+    def drop(self) -> None:
+        """The Fork object has gone."""
+        self.dropped = True
+        hub().attach_any()  # somebody has to read until the end
+        if self.claimed:
+            self._drop_pidfd()
+        else:
+            self.log_error()
+            self.release()
+
+    def release(self) -> None:
+        """End it as soon as everything queued has been sent."""
+        if self.released or self.claimed:
+            return
+        self.released = True
+        if self.channel is not None and not self.channel.queued:
+            self._flushed()
+
+    def _close(self) -> None:
+        channel, self.channel = self.channel, None
+        if channel is not None:
+            hub().unwatch(channel.fileno())
+            channel.close()
+
+    def abandon(self) -> None:
+        """In a forked child of the application: close, tell nobody."""
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+        self.gone = self.exited = True
+        self.error = TemplateError("this process belongs to the one that forked us")
+        self.was_logged = True
+        for child in self.children.values():
+            child.abandon()
+        self.children.clear()
+
+
+def dead_end() -> int:
+    """One end of a socket whose other end is closed: what is sent is lost."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    theirs.close()
+    return ours.detach()
+
+
+def fork_process(parent: Process) -> Process:
+    """Queue one fork and send it."""
+    (child,) = fork_processes(parent, 1)
+    return child
+
+
+def fork_processes(parent: Process, n: int) -> list[Process]:
+    children: list[Process] = []
+    channel = parent.channel
+    if channel is None:
+        channel = _afork.Channel(dead_end(), parent.plain)
+    while len(children) < n:
+        many = min(n - len(children), _afork.HANDLES_MAX - parent.handles)
+        if parent.plain or many <= 1:
+            many = 1
+        first = next_id()
+        if many == 1:
+            channels = [channel.fork(first)]
+        else:
+            channels = channel.fork_many(first, many)
+        for i, far in enumerate(channels):
+            child = Process(far, id=first + i, parent=parent, plain=parent.plain)
+            parent.children[child.id] = child
+            children.append(child)
+        parent.forked = True
+        parent.flush()
+    return children
+
+
+#: What to do first when a template has ended (the default one is replaced).
+on_template_end: dict[Process, Callable[[Process], None]] = {}
+
+
+def error_from(payload: bytes) -> BaseException:
+    """The exception that an error report stands for."""
+    fields = [x.decode("utf-8", "replace") for x in _afork.unpack_strings(payload)]
+    stage, number, type, message, traceback, filename = fields
+    if int(number):
+        error = OSError(int(number), message, *([filename] if filename else []))
+        error.add_note(f"afork: {stage} failed in the process")
+        return error
+    if type == "TemplateError":
+        return TemplateError(message)
+    return RemoteError(stage, type, message, traceback)
+
+
+def usage_fields(usage: resource.struct_rusage) -> tuple[int, ...]:
+    """The fields of a struct rusage in the order of an exited report."""
+    user, system = divmod(usage[0], 1), divmod(usage[1], 1)
+    times = (user[0], user[1] * 1e6, system[0], system[1] * 1e6)
+    return tuple(int(x) for x in (*times, *usage[2:]))
+
+
+def call_user(callback: Callable[[socket.socket], object], sock: socket.socket) -> None:
+    """Call back from a loop if one runs here, so that it reports exceptions."""
+    import asyncio
+
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        callback(sock)
+    else:
+        loop.call_soon(callback, sock)
+
+
+def select_writable(fd: int) -> None:
+    import select
+
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    poll.poll()
+
+
+def peer_has_closed(fd: int) -> bool:
+    """Whether end of file is what is left to read."""
+    import select
+
+    poll = select.poll()
+    poll.register(fd, select.POLLHUP | select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
+def _forget_all(callbacks: list[_hub.Callback]) -> None:
+    on_template_end.clear()
+    for callback in callbacks:
+        owner = getattr(callback, "__self__", None)
+        if isinstance(owner, Process):
+            owner.abandon()
+
+
+_hub.forget_all.append(_forget_all)
