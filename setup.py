@@ -12,8 +12,11 @@ setup(
             sources=sorted(glob("src/core/*.c") + glob("src/binding/*.c")),
             depends=sorted(glob("src/core/*.h") + glob("src/binding/*.h")),
             include_dirs=["src/core"],
-            extra_compile_args=["-std=c11", "-fvisibility=hidden"]
-            + os.environ.get("AFORK_CFLAGS", "").split(),
+            extra_compile_args=[
+                "-std=c11",
+                "-fvisibility=hidden",
+                *os.environ.get("AFORK_CFLAGS", "").split(),
+            ],
         )
     ]
 )

@@ -66,6 +66,13 @@ def _failure(stage: str, exc: BaseException) -> Failure:
     return stage, 0, _text(name), message, trace, b""
 
 
+def _untag(item: bytes) -> str | bytes:
+    """An argument of a typed eval: "b" or "t", then the bytes."""
+    if item[:1] == b"b":
+        return item[1:]
+    return item[1:].decode("utf-8", "surrogatepass")
+
+
 def _main() -> ModuleType:
     return sys.modules["__main__"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import faulthandler
+import contextlib
 import gc
 import importlib.util
 import os
@@ -44,10 +44,8 @@ def need(name: str, available: bool, why: str) -> None:
 def open_descriptors() -> dict[int, str]:
     found = {}
     for name in os.listdir("/proc/self/fd"):
-        try:
+        with contextlib.suppress(OSError):  # the one that listed them
             found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
-            pass  # the one that listed them
     return found
 
 
@@ -75,9 +73,7 @@ def leak_guard() -> Iterator[None]:
     gc.collect()
     fds, kids = set(open_descriptors()), children()
     threads = set(threading.enumerate())
-    faulthandler.dump_traceback_later(6 * HANG, exit=True)
     yield
-    faulthandler.cancel_dump_traceback_later()
     gc.collect()
     afork._default.shutdown()
     gc.collect()

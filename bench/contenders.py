@@ -1,0 +1,237 @@
+"""Who runs, and how each is started. The order is the order of a round."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from meter import Unavailable
+
+HERE = Path(__file__).resolve().parent
+SMALL, LARGE = 20, 1024  # MB of the application
+
+WORKERS = "workers: socketpair, start, child exits at once, wait for EOF"
+PROGRAMS = "programs: /bin/true, stdio on /dev/null, wait for its status"
+FAULTS = "faults: until the await raises"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command line is made of, besides the contender."""
+
+    limits: Path | None
+    seconds: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Contender:
+    key: str
+    label: str
+    scenario: str
+    command: Callable[[Job], list[str]]
+    inflight: int = 1
+    app_mb: int = 0  # 0: as large as it is by itself
+
+
+def _limits(
+    mode: str, inflight: int = 1, mb: int = 0, program: list[str] | None = None
+) -> Callable[[Job], list[str]]:
+    def command(job: Job) -> list[str]:
+        if job.limits is None:
+            raise Unavailable("no C compiler")
+        options = [
+            "--inflight",
+            str(inflight),
+            "--mb",
+            str(mb),
+            "--seconds",
+            str(job.seconds),
+        ]
+        return [
+            str(job.limits),
+            mode,
+            *options,
+            "--count",
+            str(job.count),
+            *(["--", *program] if program else []),
+        ]
+
+    return command
+
+
+def _lean(inflight: int) -> Callable[[Job], list[str]]:
+    script = str(HERE / "lean_fork.py")
+    return lambda job: [
+        sys.executable,
+        "-I",
+        "-S",
+        script,
+        str(inflight),
+        str(job.seconds),
+        str(job.count),
+    ]
+
+
+def _perl(method: str, inflight: int) -> Callable[[Job], list[str]]:
+    def command(job: Job) -> list[str]:
+        perl = shutil.which("perl")
+        if perl is None:
+            raise Unavailable("no perl")
+        return [
+            perl,
+            str(HERE / "anyevent_fork.pl"),
+            method,
+            str(inflight),
+            str(job.seconds),
+            str(job.count),
+        ]
+
+    return command
+
+
+def _app(
+    function: str, inflight: int = 1, mb: int = SMALL, script: bool = False
+) -> Callable[[Job], list[str]]:
+    def command(job: Job) -> list[str]:
+        options = [
+            "--mb",
+            str(mb),
+            "--inflight",
+            str(inflight),
+            "--seconds",
+            str(job.seconds),
+        ]
+        launch = [str(HERE / "app.py")] if script else ["-c", "import app; app.main()"]
+        return [sys.executable, *launch, function, *options, "--count", str(job.count)]
+
+    return command
+
+
+def _python(code: str) -> list[str]:
+    return [sys.executable, "-I", "-S", "-c", code]
+
+
+def _workers() -> list[Contender]:
+    """Key, label, command for a number in flight; each one at a time and, where it
+    makes sense, 16 in flight.
+    """
+    many: list[tuple[str, str, Callable[[int], Callable[[Job], list[str]]], int]] = [
+        (
+            "c-fork",
+            "C: socketpair + fork, static, 5 MB",
+            lambda k: _limits("fork", k, 5),
+            0,
+        ),
+        ("os-fork", "os.fork, python -I -S", _lean, 0),
+        ("perl-new", "Perl AnyEvent::Fork->new", lambda k: _perl("new", k), 0),
+        (
+            "perl-exec",
+            "Perl AnyEvent::Fork->new_exec",
+            lambda k: _perl("new_exec", k),
+            0,
+        ),
+        (
+            "forkserver",
+            "multiprocessing forkserver, preloaded",
+            lambda k: _app("peers.forkserver", k),
+            SMALL,
+        ),
+        ("afork-new", "afork Fork.new", lambda k: _app("peers.afork_new", k), SMALL),
+        (
+            "afork-builtin",
+            "afork Fork.new, function of builtins",
+            lambda k: _app("peers.afork_builtin", k),
+            SMALL,
+        ),
+        (
+            "afork-preloaded",
+            "afork fork of a preloaded template",
+            lambda k: _app("peers.afork_preloaded", k),
+            SMALL,
+        ),
+        (
+            "afork-exec",
+            "afork Fork.new_exec",
+            lambda k: _app("peers.afork_exec", k),
+            SMALL,
+        ),
+    ]
+    listed = [
+        Contender(f"{key}/{k}", label, WORKERS, command(k), k, mb)
+        for key, label, command, mb in many
+        for k in (1, 16)
+    ]
+    single = [
+        (
+            "forkserver-script/1",
+            "multiprocessing forkserver, main file",
+            _app("peers.forkserver", script=True),
+            SMALL,
+        ),
+        ("spawn/1", "multiprocessing spawn", _app("peers.spawn"), SMALL),
+        ("afork-new@1g/1", "afork Fork.new", _app("peers.afork_new", mb=LARGE), LARGE),
+        (
+            "python-pass/1",
+            "C: posix_spawn python -I -S -c pass",
+            _limits("spawn", program=_python("pass")),
+            0,
+        ),
+        (
+            "python-exit/1",
+            "C: posix_spawn python -I -S, os._exit",
+            _limits("spawn", program=_python("import os; os._exit(0)")),
+            0,
+        ),
+    ]
+    return listed + [
+        Contender(key, label, WORKERS, command, 1, mb)
+        for key, label, command, mb in single
+    ]
+
+
+def _programs() -> list[Contender]:
+    listed = [
+        Contender(
+            f"c-spawn@{name}",
+            "C: posix_spawn",
+            PROGRAMS,
+            _limits("spawn", mb=mb, program=["/bin/true"]),
+            1,
+            mb,
+        )
+        for name, mb in (("20m", SMALL), ("1g", LARGE))
+    ]
+    for key, label, function in (
+        ("run", "subprocess.run", "programs.subprocess_run"),
+        ("asyncio", "asyncio.create_subprocess_exec", "programs.asyncio_exec"),
+        ("uvloop", "the same under uvloop", "programs.uvloop_exec"),
+        (
+            "afork-program",
+            "afork.create_subprocess_exec",
+            "programs.afork_exec_program",
+        ),
+        (
+            "afork-program-uvloop",
+            "the same under uvloop",
+            "programs.afork_exec_program_uvloop",
+        ),
+    ):
+        for name, mb in (("20m", SMALL), ("1g", LARGE)):
+            listed.append(
+                Contender(
+                    f"{key}@{name}", label, PROGRAMS, _app(function, mb=mb), 1, mb
+                )
+            )
+    return listed
+
+
+def contenders() -> list[Contender]:
+    return [
+        *_workers(),
+        *_programs(),
+        Contender("afork-faults", "afork", FAULTS, _app("faults.faults"), 1, SMALL),
+    ]

@@ -1,0 +1,284 @@
+/* Limit programs for bench/start.py: what the kernel allows, with nothing of
+ * ours around it.
+ *
+ *   limits fork  [options]                    socketpair, fork, child _exit,
+ * wait for EOF limits spawn [options] -- PROGRAM ARG...  posix_spawn, stdio on
+ * /dev/null, wait for the status
+ *
+ * Options: --mb N (touched private memory, in 4 KiB pages), --inflight K,
+ * --seconds S, --count N (instead of S). Prints one line of JSON in the form
+ * of every other contender.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <spawn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { LIMITS_MAX_INFLIGHT = 1024, LIMITS_PAGE = 4096 };
+
+extern char **environ;
+
+struct options {
+    size_t mb;
+    size_t inflight;
+    double seconds;
+    long count;
+    char **program; /* borrowed from argv */
+};
+
+struct meter {
+    double begin;
+    double cpu_begin;
+    double until;
+    long started;
+    long count;
+};
+
+static _Noreturn void
+die(const char *what)
+{
+    fprintf(stderr, "limits: %s: %s\n", what, strerror(errno));
+    exit(1);
+}
+
+static double
+now(void)
+{
+    struct timespec ts;
+
+    if (clock_gettime(CLOCK_MONOTONIC, &ts) < 0)
+        die("clock_gettime");
+    return (double)ts.tv_sec + (double)ts.tv_nsec * 1e-9;
+}
+
+/* CPU time of this process alone: children that were waited for are not in it.
+ */
+static double
+cpu_now(void)
+{
+    struct rusage usage;
+
+    if (getrusage(RUSAGE_SELF, &usage) < 0)
+        die("getrusage");
+    return (double)(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
+           (double)(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) * 1e-6;
+}
+
+static void
+meter_begin(struct meter *meter, const struct options *options)
+{
+    meter->begin = now();
+    meter->cpu_begin = cpu_now();
+    meter->until = meter->begin + options->seconds;
+    meter->started = 0;
+    meter->count = options->count;
+}
+
+static int
+meter_more(struct meter *meter)
+{
+    if (meter->count > 0 ? meter->started >= meter->count
+                         : now() >= meter->until)
+        return 0;
+    meter->started++;
+    return 1;
+}
+
+static void
+meter_print(const struct meter *meter)
+{
+    double seconds = now() - meter->begin;
+    double cpu = cpu_now() - meter->cpu_begin;
+
+    printf("{\"n\": %ld, \"seconds\": %.6f, \"cpu_us\": %.3f}\n",
+           meter->started, seconds,
+           meter->started > 0 ? cpu * 1e6 / (double)meter->started : 0.0);
+}
+
+/* Ordinary pages whatever the machine's huge page setting says: fork pays for
+ * each of them. */
+static void
+touch(size_t mb)
+{
+    size_t size = mb << 20;
+    char *memory;
+
+    if (size == 0)
+        return;
+    memory = mmap(NULL, size, PROT_READ | PROT_WRITE,
+                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED)
+        die("mmap");
+    (void)madvise(
+        memory, size,
+        MADV_NOHUGEPAGE); /* fails only where there are no huge pages */
+    for (size_t at = 0; at < size; at += LIMITS_PAGE)
+        memory[at] = 1;
+}
+
+static int
+fork_one(void)
+{
+    int pair[2];
+    pid_t pid;
+
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0)
+        die("socketpair");
+    pid = fork();
+    if (pid < 0)
+        die("fork");
+    if (pid == 0)
+        _exit(0);
+    close(pair[1]); /* or its end would never read EOF */
+    return pair[0];
+}
+
+static void
+fork_wait_eof(int fd)
+{
+    char byte;
+    ssize_t got;
+
+    do
+        got = read(fd, &byte, 1);
+    while (got < 0 && errno == EINTR);
+    if (got != 0)
+        die("read");
+    close(fd);
+}
+
+static void
+fork_loop(const struct options *options, struct meter *meter)
+{
+    struct pollfd waiting[LIMITS_MAX_INFLIGHT];
+    nfds_t used = 0;
+
+    signal(SIGCHLD, SIG_IGN); /* the kernel reaps: the cheapest way there is */
+    meter_begin(meter, options);
+    for (;;) {
+        while (used < options->inflight && meter_more(meter))
+            waiting[used++] =
+                (struct pollfd){.fd = fork_one(), .events = POLLIN};
+        if (used == 0)
+            break;
+        if (options->inflight ==
+            1) { /* one system call less than poll and read */
+            fork_wait_eof(waiting[--used].fd);
+            continue;
+        }
+        if (poll(waiting, used, -1) < 0 && errno != EINTR)
+            die("poll");
+        for (nfds_t i = used; i-- > 0;) {
+            if (waiting[i].revents == 0)
+                continue;
+            fork_wait_eof(waiting[i].fd);
+            waiting[i] = waiting[--used];
+        }
+    }
+}
+
+static void
+spawn_loop(const struct options *options, struct meter *meter)
+{
+    posix_spawn_file_actions_t actions;
+    size_t used = 0;
+    pid_t pid;
+    int error, status;
+
+    error = posix_spawn_file_actions_init(&actions);
+    for (int fd = 0; fd < 3 && error == 0; fd++)
+        error = posix_spawn_file_actions_addopen(&actions, fd, "/dev/null",
+                                                 O_RDWR, 0);
+    if (error != 0) {
+        errno = error;
+        die("posix_spawn_file_actions");
+    }
+    meter_begin(meter, options);
+    for (;;) {
+        while (used < options->inflight && meter_more(meter)) {
+            error = posix_spawn(&pid, options->program[0], &actions, NULL,
+                                options->program, environ);
+            if (error != 0) {
+                errno = error;
+                die(options->program[0]);
+            }
+            used++;
+        }
+        if (used == 0)
+            break;
+        pid = waitpid(-1, &status, 0);
+        if (pid < 0)
+            die("waitpid");
+        if (status != 0) {
+            fprintf(stderr, "limits: %s: wait status %d\n",
+                    options->program[0], status);
+            exit(1);
+        }
+        used--;
+    }
+    posix_spawn_file_actions_destroy(&actions);
+}
+
+static void
+parse(struct options *options, int argc, char **argv)
+{
+    for (int i = 2; i < argc; i++) {
+        if (strcmp(argv[i], "--") == 0) {
+            options->program = argv + i + 1;
+            break;
+        }
+        if (i + 1 >= argc) {
+            fprintf(stderr, "limits: %s: value missing\n", argv[i]);
+            exit(2);
+        }
+        if (strcmp(argv[i], "--mb") == 0)
+            options->mb = strtoul(argv[++i], NULL, 10);
+        else if (strcmp(argv[i], "--inflight") == 0)
+            options->inflight = strtoul(argv[++i], NULL, 10);
+        else if (strcmp(argv[i], "--seconds") == 0)
+            options->seconds = strtod(argv[++i], NULL);
+        else if (strcmp(argv[i], "--count") == 0)
+            options->count = strtol(argv[++i], NULL, 10);
+        else {
+            fprintf(stderr, "limits: %s: unknown option\n", argv[i]);
+            exit(2);
+        }
+    }
+    if (options->inflight < 1 || options->inflight > LIMITS_MAX_INFLIGHT) {
+        fprintf(stderr, "limits: --inflight 1 to %d\n", LIMITS_MAX_INFLIGHT);
+        exit(2);
+    }
+}
+
+int
+main(int argc, char **argv)
+{
+    struct options options = {.inflight = 1, .seconds = 1.0};
+    struct meter meter;
+
+    parse(&options, argc, argv);
+    touch(options.mb);
+    if (argc > 1 && strcmp(argv[1], "fork") == 0) {
+        fork_loop(&options, &meter);
+    } else if (argc > 1 && strcmp(argv[1], "spawn") == 0 && options.program &&
+               options.program[0]) {
+        spawn_loop(&options, &meter);
+    } else {
+        fprintf(stderr,
+                "usage: limits fork|spawn [options] [-- PROGRAM ARG...]\n");
+        return 2;
+    }
+    meter_print(&meter);
+    return 0;
+}
