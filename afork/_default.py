@@ -31,13 +31,14 @@ def default_template() -> Process:
     if template is None or template.gone or template.released or template.broken:
         if template is not None:
             on_template_end.pop(template, None)
-        _default = _interpreter.spawn_template()
+        new = _default = _interpreter.spawn_template()
         _fork = None
-        on_template_end[_default] = _replace
+        on_template_end[new] = _replace
         if template is not None:
-            _move(template, _default)
-        _default.flush()
-    return _default
+            _adopt(new, template, _unsent(template))
+        new.flush()
+        return new
+    return template
 
 
 def fork_default() -> Process:
@@ -100,10 +101,6 @@ def _unsent(template: Process) -> list[tuple[int, int]]:
     while template.channel is not None and (item := template.channel.reclaim()):
         unsent.append(item)
     return unsent
-
-
-def _move(old: Process, new: Process) -> None:
-    _adopt(new, old, _unsent(old))
 
 
 def _adopt(new: Process, old: Process, unsent: list[tuple[int, int]]) -> None:

@@ -69,7 +69,8 @@ class Fork:
 
         What is configured on it is shared by all processes made afterwards.
         """
-        return default_fork(cls._wrap)
+        found: Self = default_fork(cls._wrap)
+        return found
 
     @classmethod
     def new_exec(

@@ -39,21 +39,12 @@ def function_name(
     found: object = sys.modules.get(module)
     for attribute in name.split("."):
         found = getattr(found, attribute, None)
+    # A class method is a new object at each access, and equal to itself; a
+    # decorator may have left the function itself inside.
     if found is None or (
-        found is not func
-        and getattr(found, "__wrapped__", None) is not func
-        and not _same_method(found, func)
+        found != func and getattr(found, "__wrapped__", None) is not func
     ):
         raise TypeError(
             f"{module}.{name} is not {func!r}: the process would run something else"
         )
     return f"{module}:{name}", module == "__main__" and not has_main
-
-
-def _same_method(found: object, func: object) -> bool:
-    """A class or static method, made anew at each access, is the same."""
-    return (
-        found == func
-        and getattr(func, "__self__", None) is not None
-        and isinstance(getattr(func, "__self__", None), type)
-    )

@@ -55,7 +55,7 @@ def find_python() -> str:
 
 def _flags() -> list[str]:
     """-O, -W, -X and the like, as multiprocessing passes them on."""
-    flags = subprocess._args_from_interpreter_flags()
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     flags = [f for f in flags if f not in ("-I", "-s", "-S", "-E", "-P")]
     if sys.flags.utf8_mode and "-Xutf8" not in flags:
         flags += ["-X", "utf8"]

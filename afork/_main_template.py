@@ -9,7 +9,7 @@ import atexit
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import _afork, _child
 from ._process import Process
@@ -99,7 +99,7 @@ def _become_template(fd: int) -> None:
 def _reset_signals() -> None:
     """Handlers of the program belong to the program."""
     # The extension module: the Python one would cost every worker an enum.
-    import _signal
+    import _signal  # type: ignore[import-not-found]
 
     # On 3.11 a signal here would wake the program's event loop.
     _signal.set_wakeup_fd(-1)
@@ -122,11 +122,12 @@ def _leave_imports() -> None:
     import _thread
 
     me = _thread.get_ident()
-    for reference in list(_frozen_importlib._module_locks.values()):
+    bootstrap: Any = _frozen_importlib
+    for reference in list(bootstrap._module_locks.values()):
         lock = reference()
         while lock is not None and lock.owner == me:
             lock.release()
-    _frozen_importlib._blocking_on.clear()
+    bootstrap._blocking_on.clear()
     for module in list(sys.modules.values()):
         spec = getattr(module, "__spec__", None)
         if spec is not None and getattr(spec, "_initializing", False):

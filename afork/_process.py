@@ -133,8 +133,11 @@ class Process:
         #: Its end has been asked for.
         self.released = False
         self.callback: Callable[[socket.socket], object] | None = None
-        self.handles = parent.handles if parent else 0
-        self.has_main = parent.has_main if parent else False
+        #: Descriptors among the pending arguments.
+        self.handles: int = parent.handles if parent else 0
+        #: It was forked from the main program.
+        self.has_main: bool = parent.has_main if parent else False
+        #: The sys.path that it has been told.
         self.path: list[str] = parent.path if parent else []
         self.names: tuple[str, ...] = ()
         self.signals: list[int] = []

@@ -136,12 +136,14 @@ async def create_subprocess_exec(
         ours.pop_all()  # the transport owns the pipes from here on
     protocol = SubprocessStreamProtocol(limit=limit, loop=loop)
     waiter = loop.create_future()
-    transport = _Transport(
+    streams = (subprocess.PIPE if to in pipes else None for to in (0, 1, 2))
+    make: Any = _Transport  # typeshed knows only the arguments of Popen
+    transport = make(
         loop,
         protocol,
         [program, *args],
         False,
-        *(subprocess.PIPE if to in pipes else None for to in (0, 1, 2)),
+        *streams,
         0,
         waiter=waiter,
         process=process,
@@ -192,7 +194,7 @@ def _add_stream(
     if stream == subprocess.PIPE:
         reading, writing = os.pipe()
         mine, its = (writing, reading) if to == 0 else (reading, writing)
-        pipes[to] = ours.enter_context(open(mine, "wb" if to == 0 else "rb", 0))
+        pipes[to] = ours.enter_context(os.fdopen(mine, "wb" if to == 0 else "rb", 0))
         theirs.callback(os.close, its)
         request.map_handle(its, to)
         return
@@ -223,13 +225,8 @@ def _start(request: Request) -> Process:
         assert template.channel is not None
         process = Process(None, id=next_id(), parent=template)
         process.claimed = "exec"
-        process.names = (
-            "",
-            "",
-            "",
-            os.fsdecode(request.cwd),
-            os.fsdecode(request.program),
-        )
+        names = os.fsdecode(request.cwd), os.fsdecode(request.program)
+        process.names = ("", "", "", *names)  # by stage of failure
         template.children[process.id] = process
         request.queue(
             template.channel, _afork.CMD_SPAWN, process.id.to_bytes(8, "little")
@@ -276,7 +273,7 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
     ) -> None:
         self._process = process
         self._proc: Any = _Popen(process, pipes)
-        process.when_exited(self._tell(self._loop))  # type: ignore[has-type]
+        process.when_exited(self._tell(self._loop))
 
     def _tell(self, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
         def tell() -> None:
@@ -293,12 +290,12 @@ class _Transport(base_subprocess.BaseSubprocessTransport):
             code = 255  # as asyncio says it
         else:
             code = os.waitstatus_to_exitcode(status)
-        self._process_exited(code)  # type: ignore[attr-defined]
+        self._process_exited(code)
 
     # By pidfd: newer asyncio would use the number, which may be another's.
 
     def send_signal(self, signal: int) -> None:
-        self._check_proc()  # type: ignore[attr-defined]
+        self._check_proc()
         self._process.send_signal(signal)
 
     def terminate(self) -> None:
