@@ -5,10 +5,10 @@ Start at :class:`Fork`. The names below load on first use (:pep:`562`), so that
 imports it as well.
 """
 
-from typing import TYPE_CHECKING
-
 from ._version import __version__ as __version__
 
+# Type checkers take this name for true; typing would cost every worker 1 MB.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._errors import AforkError as AforkError
     from ._errors import ClosedError as ClosedError

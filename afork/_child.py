@@ -8,16 +8,21 @@ logging, random and asyncio do).
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import sys
-from types import ModuleType
-from typing import Any, NoReturn, TypeAlias
 
 from . import _afork
 from ._version import __version__
 
-#: stage, errno, type, message, traceback, filename
-Failure: TypeAlias = "tuple[str, int, bytes, bytes, bytes, bytes]"
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from types import ModuleType
+    from typing import Any, NoReturn, TypeAlias
+
+    #: stage, errno, type, message, traceback, filename
+    Failure: TypeAlias = tuple[str, int, bytes, bytes, bytes, bytes]
 
 #: What AnyEvent::Fork's `require` sends as code.
 PERL_REQUIRE = b'require "$_.pm" for @_'
@@ -60,10 +65,26 @@ def _failure(stage: str, exc: BaseException) -> Failure:
     if cls.__module__ != "builtins":
         name = f"{cls.__module__}.{name}"
     try:
-        message, trace = _text(exc), _text(_format(exc))
-    except Exception as broken:
-        message, trace = _text(f"<no message: {broken!r}>"), b""
+        message = _text(exc)
+    except BaseException as broken:  # its __str__ is foreign code
+        message = _text(f"<no message: {BaseException.__repr__(broken)}>")
+    try:
+        trace = _text(_format(exc))
+    except BaseException:  # the same, or no descriptor left to import with
+        trace = b""
     return stage, 0, _text(name), message, trace, b""
+
+
+def _blank_socket() -> Any:
+    """A socket object to be filled in by run: all but its descriptor."""
+    import socket
+
+    blank = socket.socket.__new__(socket.socket)
+    model = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    for name in ("_io_refs", "_closed"):
+        setattr(blank, name, getattr(model, name))
+    model.close()
+    return blank
 
 
 def _untag(item: bytes) -> str | bytes:
@@ -118,8 +139,9 @@ class Handler:
 
     def __init__(self, plain: bool) -> None:
         self.plain = plain
-        self.func: Any = None
-        self.title = b""
+        self.func: Callable[..., object] | None = None
+        self.blank = _blank_socket()
+        self.count_exit_handlers = atexit._ncallbacks
         self.main_loaded = False
 
     # -- commands
@@ -214,8 +236,8 @@ class Handler:
             which, soft, hard = map(int, value.split())
             resource.setrlimit(which, (soft, hard))
         elif key == "title":
-            self.title = value
             _afork.set_title(value)
+            _afork.keep_title()
         elif key == "detach":
             _afork.detach(value == b"1")
         elif key == "hello":
@@ -232,7 +254,7 @@ class Handler:
             return
         self.main_loaded = True
         old = _main()
-        module = ModuleType("__mp_main__")
+        module = type(sys)("__mp_main__")
         module.__dict__.update(
             {k: v for k, v in old.__dict__.items() if not k.startswith("__")}
         )
@@ -264,8 +286,22 @@ class Handler:
             self.func = _resolve(text)
         except BaseException as exc:
             return self.failed("run", exc)
-        _afork.set_title(self.title or b"afork: worker " + name)
         return None
+
+    def finish(self, awaitable: Awaitable[object]) -> None:
+        """Run what an async function has returned."""
+        import asyncio
+
+        async def main() -> None:
+            await awaitable
+
+        asyncio.run(main())
+
+    def broken(self, error: int) -> NoReturn:
+        """The stream of commands is of no use any more."""
+        if self.plain and error != errno.ECANCELED:  # that one was said already
+            complain(os.strerror(error))
+        raise SystemExit(1)
 
     def handle(self, fd: int) -> object:
         from ._handles import arrived
@@ -296,26 +332,6 @@ def complain(text: str) -> None:
         sys.stderr.write(f"afork [{os.getpid()}]: {text}\n")
     except (AttributeError, OSError, ValueError):
         pass
-
-
-def enter(func: Any, fd: int, args: list[object]) -> NoReturn:
-    """Call the function that a process was made for, and end the process."""
-    import socket
-
-    status = 0
-    try:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
-        result = func(sock, *args)
-        if hasattr(result, "__await__"):
-            import asyncio
-
-            async def call() -> None:
-                await result
-
-            asyncio.run(call())
-    except BaseException as exc:
-        status = exit_status(exc)
-    end(status)
 
 
 def exit_status(exc: BaseException) -> int:
@@ -357,16 +373,12 @@ def serve(fd: int, plain: bool, failure: Failure | None = None) -> NoReturn:
     """Serve commands on fd, then enter what they asked for."""
     global serving
     serving = True
-    handler = Handler(plain)
+    status = 0
     try:
-        entered = _afork.serve(fd, plain, handler, failure)
-    except OSError as exc:
-        if handler.plain and exc.errno != 125:  # ECANCELED: said already
-            complain(str(exc))
-        end(1)
-    if entered is None:
-        end(0)
-    enter(handler.func, *entered)
+        _afork.serve(fd, plain, Handler(plain), failure)
+    except BaseException as exc:
+        status = exit_status(exc)
+    end(status)
 
 
 def main() -> NoReturn:

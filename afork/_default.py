@@ -18,6 +18,9 @@ from ._process import Process, fork_process, on_template_end
 if TYPE_CHECKING:
     from ._fork import Fork
 
+#: Children whose end may wait to be read until somebody asks.
+_UNREAD = 32
+
 _default: Process | None = None
 _early: Process | None = None
 #: The object of Fork.default(): it must not end the template by going away.
@@ -34,6 +37,7 @@ def default_template() -> Process:
         new = _default = _interpreter.spawn_template()
         _fork = None
         on_template_end[new] = _replace
+        new.be_quiet()
         if template is not None:
             _adopt(new, template, _unsent(template))
         new.flush()
@@ -47,6 +51,8 @@ def fork_default() -> Process:
         template = default_template()
         _interpreter.update_path(template)
         child = fork_process(template)
+        if len(template.children) > _UNREAD:
+            template.poll()
         if template.broken:
             default_template()  # moves the request
         return child
@@ -113,9 +119,7 @@ def _adopt(new: Process, old: Process, unsent: list[tuple[int, int]]) -> None:
             os.close(fd)
             continue
         child.moved = True
-        child.parent = new
-        new.children[id] = child
-        new.forked = True
+        new.adopt(child)
         new.channel.request(id, fd)
     new.flush()
 

@@ -9,14 +9,19 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 from . import _afork
-from ._handles import DEVNULL, SOCKET, STDOUT, HandleLike, descriptor_of
+from ._handles import DEVNULL, SOCKET, STDOUT, descriptor_of
 
 if TYPE_CHECKING:
     import socket
 
+    from ._handles import HandleLike
+
 #: None, DEVNULL, STDOUT (stderr only), SOCKET, or a handle.
 Stream: TypeAlias = "HandleLike | None"
 PathLike: TypeAlias = "str | bytes | os.PathLike[str]"
+
+#: More than any process can have, less than overflows an int.
+FD_MAX = 1 << 30
 
 # struct afork_exec_head and struct afork_exec_fd of src/core/execreq.h
 _HEAD = struct.Struct("=7i")
@@ -87,8 +92,12 @@ class Request:
             null: int | None = None
             targets: dict[int, Stream] = {0: stdin, 1: stdout, 2: stderr}
             for number, handle in fds.items():
-                if number < 0 or (number in targets and targets[number] is not None):
-                    raise ValueError(f"descriptor {number} is negative or given twice")
+                if not isinstance(number, int):
+                    raise TypeError(f"{number!r} is not the number of a descriptor")
+                if number in targets and targets[number] is not None:
+                    raise ValueError(f"descriptor {number} is given twice")
+                if not 0 <= number < FD_MAX:
+                    raise ValueError(f"descriptor {number} is out of range")
                 targets[number] = handle
             for to, stream in targets.items():
                 if stream is None:
@@ -145,8 +154,9 @@ class Request:
         payload = prefix + _afork.pack_strings([*strings, *(self.env or [])])
         if len(payload) > _afork.FRAME_MAX:
             raise ValueError(f"frame over the cap of {_afork.FRAME_MAX} bytes")
-        for fd in self._handles:
-            channel.handle(fd)
+        if len(self._handles) > _afork.HANDLES_MAX:
+            raise ValueError(f"more than {_afork.HANDLES_MAX} descriptors at once")
+        channel.handles(self._handles)
         channel.frame(letter, payload)
         self._queued = True
 

@@ -15,7 +15,7 @@ from ._default import default_fork, early_template, fork_default
 from ._errors import AforkError, ClosedError, WorkerLost
 from ._exec import Request, Stream
 from ._function import function_name
-from ._handles import HandleLike, descriptor_of
+from ._handles import descriptor_of
 from ._hub import hub
 from ._process import Process, dead_end, fork_process, fork_processes, next_id
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import resource
     import socket
     from types import TracebackType
+
+    from ._handles import HandleLike
 
 StrOrBytes: TypeAlias = "str | bytes"
 
@@ -118,8 +120,13 @@ class Fork:
 
         if not isinstance(sock, socket_module.socket):
             raise TypeError(f"a socket is needed, not {type(sock).__name__}")
-        if sock.family != socket_module.AF_UNIX or sock.fileno() < 0:
-            raise ValueError("an open unix socket is needed")
+        if (
+            sock.fileno() < 0
+            or sock.family != socket_module.AF_UNIX
+            or sock.type != socket_module.SOCK_STREAM
+        ):
+            raise ValueError("an open unix stream socket is needed")
+        sock.getpeername()  # OSError unless it is connected
         process = Process(_afork.Channel(sock.detach(), plain), plain=plain)
         if not plain:
             assert process.channel is not None
@@ -218,11 +225,8 @@ class Fork:
             raise ValueError(
                 f"more than {_afork.HANDLES_MAX} descriptors pending in one process"
             )
-        for fd in fds:
-            os.fstat(fd)  # all or none
-        for fd in fds:
-            channel.handle(fd)
-            process.handles += 1
+        channel.handles(fds)  # all or none
+        process.handles += len(fds)
         process.flush()
         return self
 
@@ -359,6 +363,13 @@ class Fork:
         """
         process = self._open("run")
         name, needs_main = function_name(func, process.has_main)
+        encoded = name.encode()
+        if len(encoded) > _afork.FRAME_MAX:
+            raise ValueError(f"frame over the cap of {_afork.FRAME_MAX} bytes")
+        main = None
+        if needs_main and not process.plain:
+            main = _afork.pack_strings(_interpreter.main_module())
+        # Whatever can be refused has been: from here on it is claimed.
         process = self._fresh_copy(process)
         process.claimed = "run"
         process.callback = callback
@@ -366,10 +377,9 @@ class Fork:
         if channel is not None:
             if not process.plain:
                 _interpreter.update_path(process)
-                if needs_main:
-                    main = _afork.pack_strings(_interpreter.main_module())
+                if main is not None:
                     channel.strings(_afork.CMD_SET, [b"main", main])
-            channel.frame(_afork.CMD_RUN, name.encode())
+            channel.frame(_afork.CMD_RUN, encoded)
             process.flush()
         return Run(process)
 
@@ -411,11 +421,12 @@ class Fork:
         request = Request(program, args, env=env, cwd=cwd)
         with request.streams(stdin, stdout, stderr, fds or {}):
             process = self._fresh_copy(process)
-            process.claimed = "exec"
             if process.channel is not None:
                 with hub().lock:
                     request.queue(process.channel, _afork.CMD_EXEC)
+                    process.claimed = "exec"
                     process.flush()
+            process.claimed = "exec"
         process.sock = request.take_socket()
         return Exec(process)
 
@@ -473,7 +484,10 @@ class Fork:
     @property
     def returncode(self) -> int | None:
         """Exit code, -N for signal N, or None while it runs or if unknown."""
-        status = self._process.status
+        process = self._process
+        if not process.exited and process.parent is not None and process.parent.quiet:
+            process.parent.poll()
+        status = process.status
         return None if status is None else os.waitstatus_to_exitcode(status)
 
     @property

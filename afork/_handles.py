@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-from typing import Final, Protocol, TypeAlias
+import sys
 
+TYPE_CHECKING = False  # see __init__.py
+if TYPE_CHECKING:
+    from typing import Protocol, TypeAlias
 
-class HasFileno(Protocol):
-    def fileno(self) -> int: ...
+    class HasFileno(Protocol):
+        def fileno(self) -> int: ...
 
-
-#: Anything with ``fileno()``, or a descriptor number.
-HandleLike: TypeAlias = "HasFileno | int"
+    #: Anything with ``fileno()``, or a descriptor number.
+    HandleLike: TypeAlias = HasFileno | int
 
 #: Stream arguments of ``Fork.exec``; the first two are those of `subprocess`.
-DEVNULL: Final = -3
-STDOUT: Final = -2
+DEVNULL = -3
+STDOUT = -2
 #: A second socket pair, whose other end the await returns.
-SOCKET: Final = -100
+SOCKET = -100
 
 
 class Handle:
@@ -74,7 +76,8 @@ def descriptor_of(handle: HandleLike) -> int:
     if isinstance(handle, int):
         fd = handle
     else:
-        if type(handle).__module__ == "ssl":
+        ssl = sys.modules.get("ssl")
+        if ssl is not None and isinstance(handle, (ssl.SSLSocket, ssl.SSLObject)):
             raise TypeError(
                 "an SSLSocket cannot be sent: its session lives in this process. "
                 "Send the plain socket before the handshake, or the listener, "
@@ -96,6 +99,8 @@ def descriptor_of(handle: HandleLike) -> int:
             raise TypeError(f"fileno() returned {type(fd).__name__}, not int")
     if fd < 0:
         raise ValueError(f"closed handle or negative descriptor: {fd}")
+    if fd > 0x7FFFFFFF:
+        raise ValueError(f"no descriptor has the number {fd}")
     return fd
 
 

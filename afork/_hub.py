@@ -18,6 +18,7 @@ from typing import TypeAlias
 
 IN = select.EPOLLIN
 OUT = select.EPOLLOUT
+HUP = select.EPOLLHUP
 
 #: Called with the EPOLL* bits that are set.
 Callback: TypeAlias = Callable[[int], None]

@@ -9,6 +9,7 @@ what else belongs to the application's import state follow as the first frame.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -87,12 +88,29 @@ def spawn(
         except BaseException:
             os.close(channel_fd)
             raise
-    process = Process(_afork.Channel(channel_fd, plain), plain=plain)
+    try:
+        process = Process(_afork.Channel(channel_fd, plain), plain=plain)
+    except BaseException:
+        _undo(pid)
+        raise
     process.pid = pid
-    process.pidfd = os.pidfd_open(pid)
     process.direct = True
-    process.watch_exit()
+    try:
+        process.pidfd = os.pidfd_open(pid)
+        process.watch_exit()
+    except BaseException:
+        _undo(pid)
+        process.gone = True
+        process._close()
+        process.on_exited(None, None)
+        raise
     return process
+
+
+def _undo(pid: int) -> None:
+    """A child that there is no descriptor left to talk to."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 class _stdio:
@@ -159,12 +177,28 @@ def needs_site() -> bool:
 
 def update_path(process: Process) -> None:
     """Queue the application's sys.path unless the process has it."""
-    if process.path == sys.path or process.plain or process.channel is None:
+    if process.plain or process.channel is None:
         return
-    process.path = list(sys.path)
-    # '' is the working directory of whoever looks, but only we mean ours.
-    entries = [os.path.abspath(p) for p in sys.path if isinstance(p, str)]
-    process.channel.strings(_afork.CMD_SET, [b"path", _pack(*entries)])
+    entries = _entries()
+    if process.path != entries:
+        process.path = entries
+        process.channel.strings(_afork.CMD_SET, [b"path", _pack(*entries)])
+
+
+def _entries() -> list[str]:
+    """The application's sys.path as its processes have to spell it."""
+    entries = []
+    for entry in sys.path:
+        if not isinstance(entry, str):
+            continue
+        if not entry.startswith("/"):
+            # '' is the working directory of whoever looks, but only we mean ours.
+            try:
+                entry = os.path.abspath(entry)
+            except FileNotFoundError:
+                continue  # it has been removed, and all that was in it
+        entries.append(entry)
+    return entries
 
 
 def _pack(*paths: str) -> bytes:

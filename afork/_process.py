@@ -7,6 +7,7 @@ as long as its exit status may still arrive.
 
 from __future__ import annotations
 
+import copy
 import errno
 import itertools
 import logging
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from . import _afork, _hub
 from ._errors import ProtocolError, RemoteError, TemplateError, WorkerLost
-from ._hub import IN, OUT, hub, wake
+from ._hub import HUP, IN, OUT, hub, wake
 
 if TYPE_CHECKING:
     import asyncio
@@ -53,6 +54,8 @@ class Process:
 
     __slots__ = (
         "_exit_callbacks",
+        "_expecting",
+        "_listeners",
         "_losing",
         "_waiters",
         "_watching_exit",
@@ -80,6 +83,7 @@ class Process:
         "pid",
         "pidfd",
         "plain",
+        "quiet",
         "released",
         "running",
         "signals",
@@ -147,6 +151,10 @@ class Process:
         self._exit_callbacks: list[Callable[[], None]] = []
         self._losing = False
         self._watching_exit = False
+        #: Its reports are read when somebody asks, not as they come.
+        self.quiet = False
+        self._listeners = 0
+        self._expecting = False
         if channel is not None:
             hub().watch(channel.fileno(), self._on_event)
 
@@ -155,20 +163,70 @@ class Process:
     async def until(self, happened: Callable[[], bool]) -> None:
         """Wait until a report has made the predicate true."""
         loop = hub().attach()
-        while not happened():
-            future = loop.create_future()
-            self._waiters.append(future)
-            try:
-                await future
-            finally:
-                if future in self._waiters:
-                    self._waiters.remove(future)
+        self._listen(1)
+        try:
+            while not happened():
+                future = loop.create_future()
+                self._waiters.append(future)
+                try:
+                    await future
+                finally:
+                    if future in self._waiters:
+                        self._waiters.remove(future)
+        finally:
+            self._listen(-1)
 
     def _wake(self) -> None:
         if self._waiters:
             waiters, self._waiters = self._waiters, []
             for future in waiters:
                 wake(future)
+
+    # -- listening
+
+    def be_quiet(self) -> None:
+        """Do not wake a loop for every child that exits.
+
+        For the default template: most of its children are of no interest to
+        anybody once they run. Its end is noticed at once all the same.
+        """
+        self.quiet = True
+        self._set_events()
+
+    def _listen(self, more: int) -> None:
+        before = self._listeners
+        self._listeners += more
+        if self.quiet and bool(before) != bool(self._listeners):
+            self._set_events()
+
+    def _set_events(self) -> None:
+        channel = self.channel
+        if channel is not None:
+            events = 0 if self.quiet and not self._listeners else IN
+            if channel.queued and not self.broken:
+                events |= OUT
+            hub().change(channel.fileno(), events)
+
+    def adopt(self, child: Process) -> None:
+        """Be the one who reports the child's end from now on."""
+        child.parent = self
+        self.children[child.id] = child
+        self.forked = True
+        if child._expecting:
+            self._listen(1)
+
+    def expect_exit(self) -> None:
+        """Somebody wants to know when it ends."""
+        if not self._expecting and not self.exited:
+            self._expecting = True
+            if self.parent is not None:
+                self.parent._listen(1)
+
+    def poll(self) -> None:
+        """Read the reports that are there."""
+        if self.channel is not None:
+            with hub().lock:
+                self._on_event(IN)
 
     # -- writing
 
@@ -185,7 +243,7 @@ class Process:
                 self._flushed()
                 return
             if hub().attach_any():
-                hub().change(channel.fileno(), IN | OUT)
+                self._set_events()
             else:
                 while not channel.flush():
                     select_writable(channel.fileno())
@@ -196,7 +254,11 @@ class Process:
             self.broken = True
 
     def _flushed(self) -> None:
-        if self.released and self.channel is not None:
+        # What has failed and was to become something is of no use any more.
+        over = self.released or (self.claimed and self.error is not None)
+        if self.channel is None:
+            return
+        if over:
             if self.plain:
                 self._close()
             else:
@@ -211,11 +273,11 @@ class Process:
         if channel is None:
             return
         if events & OUT:
-            hub().change(channel.fileno(), IN)
             self.flush()
             if self.channel is not channel:
                 self._wake()
                 return
+            self._set_events()
         if self.plain:
             # Before run, a plain process has nothing to say but its end; after
             # it what can be read is the user's.
@@ -224,7 +286,10 @@ class Process:
             self._wake()
             return
         for letter, payload, fd in channel.receive():
-            self._on_report(letter, payload, fd)
+            if self.channel is channel:
+                self._on_report(letter, payload, fd)
+            elif fd >= 0:
+                os.close(fd)  # the report before it ended the conversation
         if self.channel is channel and channel.eof:
             self._on_end()
         self._wake()
@@ -234,9 +299,12 @@ class Process:
             if letter == _afork.REP_STARTED or letter == _afork.REP_STARTED_BARE:
                 self._on_started(_STARTED.unpack(payload)[0], fd)
             elif letter == _afork.REP_RUNNING:
+                if self.claimed != "run" or self.error is not None:
+                    raise ValueError("running without having been asked to")
                 self._on_running()
             elif letter == _afork.REP_EXITED:
                 id, _pid, status, *usage = _EXITED.unpack(payload)
+                os.waitstatus_to_exitcode(max(status, 0))  # ValueError if it is none
                 child = self.children.pop(id, None)
                 if child is not None:
                     child.on_exited(None if status == -1 else status, tuple(usage))
@@ -257,17 +325,21 @@ class Process:
                     os.close(fd)
             else:
                 self._broken(f"unknown report {letter}" if letter else os.strerror(-fd))
-        except (struct.error, ValueError, UnicodeDecodeError) as exc:
+        except (struct.error, ValueError, OverflowError) as exc:
             if fd >= 0:
                 os.close(fd)
             self._broken(str(exc))
 
     def _broken(self, why: str) -> None:
         self.fail(ProtocolError(f"process {self.pid or '?'} sent nonsense: {why}"))
+        if self.direct:
+            self.deliver(signal.SIGKILL)  # who knows what it is by now
         self._on_end()
 
     def _on_started(self, pid: int, fd: int) -> None:
-        if self.pidfd >= 0:
+        if fd >= 0:
+            check_pidfd(fd)
+        if self.pidfd >= 0 or self.exited:
             if fd >= 0:
                 os.close(fd)
         elif fd >= 0:
@@ -279,7 +351,8 @@ class Process:
                 self.pidfd = os.pidfd_open(pid)
             except OSError:
                 pass
-        self.pid = pid
+        if self.pid is None:  # what we know of our own child is not for it to say
+            self.pid = pid
         for number in self.signals:
             self.deliver(number)
         self.signals.clear()
@@ -302,6 +375,8 @@ class Process:
                 sock, self.sock = self.sock, None
                 call_user(callback, sock)
         self._drop_pidfd()
+        if self.parent is not None and self.parent.gone and not self.exited:
+            self._learn_end()
 
     def _on_failed(self, id: int, number: int, stage: int) -> None:
         child = self.children.pop(id, None)
@@ -309,7 +384,8 @@ class Process:
             return
         name = child.names[stage] if stage < len(child.names) else ""
         error = OSError(number, os.strerror(number), *([name] if name else []))
-        error.add_note(f"afork: {_STAGES[stage] or 'start'} failed in the template")
+        what = _STAGES[stage] if stage < len(_STAGES) else ""
+        error.add_note(f"afork: {what or 'start'} failed in the template")
         child.exited = True
         child.fail(error)
         child._close()
@@ -332,6 +408,12 @@ class Process:
         if self.direct:
             self._watch_exit()
             self._on_pidfd(IN)
+        elif self.parent is None or self.parent.gone:
+            self._learn_end()
+        elif self.pid is None and self.error is not None:
+            # The template's answer to a fork that failed: no exit will follow.
+            self.parent.children.pop(self.id, None)
+            self.on_exited(None, None)
         for child in list(self.children.values()):
             child._orphaned()
         self.children.clear()
@@ -341,8 +423,13 @@ class Process:
         """Its template has gone: nobody reports its end any more."""
         if self.exited:
             return
-        if self.channel is None and not self.running and not self.executed:
+        if self.channel is not None:
+            return  # its own socket has the rest, perhaps its start
+        if not self.running and not self.executed:
             self._lose()  # a program that was never started
+        self._learn_end()
+
+    def _learn_end(self) -> None:
         if self.pidfd >= 0:
             self._watch_exit()
         else:
@@ -392,6 +479,7 @@ class Process:
             self.error = error
         if self.forgotten or (self.dropped and not self.claimed):
             self.log_error()
+        self._flushed()
         self._wake()
 
     def log_error(self) -> None:
@@ -404,7 +492,11 @@ class Process:
     def raise_error(self) -> None:
         if self.error is not None:
             self.was_logged = True
-            raise self.error
+            # A copy: with the traceback that raising gives it, the original
+            # would keep the caller's frame, and so its Fork, for ever.
+            error = copy.copy(self.error)
+            error.__cause__ = self.error.__cause__
+            raise error
 
     def on_exited(self, status: int | None, usage: tuple[int, ...] | None) -> None:
         """Its wait status is known, or (None) can never be."""
@@ -413,6 +505,8 @@ class Process:
         self.exited = True
         self.status = status
         self.usage = usage
+        if self._expecting and self.parent is not None:
+            self.parent._listen(-1)
         if self.pidfd >= 0:
             hub().unwatch(self.pidfd)
             os.close(self.pidfd)
@@ -428,9 +522,11 @@ class Process:
             callback()
         else:
             self._exit_callbacks.append(callback)
+            self.expect_exit()
 
     def watch_exit(self) -> None:
         """Learn of the end from the pidfd, should no report come."""
+        self.expect_exit()
         if not self.exited:
             self._watch_exit()
 
@@ -453,10 +549,13 @@ class Process:
             if pid:
                 self.on_exited(status, usage_fields(usage))
             return
-        hub().unwatch(self.pidfd)
-        if self.parent is None or self.parent.gone:
+        if events & HUP:  # reaped: from here on the kernel tells its status
             self._exit_by_pidfd()
+        elif self.parent is None or self.parent.gone:
+            hub().change(self.pidfd, 0)
+            hub().later(GRACE, self._exit_by_pidfd)
         else:
+            hub().unwatch(self.pidfd)
             hub().later(GRACE, self._exit_by_pidfd)
 
     def _exit_by_pidfd(self) -> None:
@@ -467,7 +566,7 @@ class Process:
         """Close it once nobody can ask for a signal or a status any more."""
         if (
             self.dropped
-            and (self.running or self.executed)
+            and (self.running or self.executed or self.claimed == "to_fh")
             and not self.direct
             and not self._watching_exit
             and self.pidfd >= 0
@@ -531,8 +630,7 @@ class Process:
         if self.released or self.claimed:
             return
         self.released = True
-        if self.channel is not None and not self.channel.queued:
-            self._flushed()
+        self.flush()
 
     def _close(self) -> None:
         channel, self.channel = self.channel, None
@@ -575,14 +673,17 @@ def fork_processes(parent: Process, n: int) -> list[Process]:
     if channel is None:
         channel = _afork.Channel(dead_end(), parent.plain)
     while len(children) < n:
-        many = min(n - len(children), _afork.HANDLES_MAX - parent.handles)
-        if parent.plain or many <= 1:
-            many = 1
+        many = 1 if parent.plain else min(n - len(children), _afork.HANDLES_MAX)
         first = next_id()
-        if many == 1:
-            channels = [channel.fork(first)]
-        else:
-            channels = channel.fork_many(first, many)
+        try:
+            if many == 1:
+                channels = [channel.fork(first)]
+            else:
+                channels = channel.fork_many(first, many)
+        except OSError:  # all or none
+            for child in children:
+                child.drop()
+            raise
         for i, far in enumerate(channels):
             child = Process(far, id=first + i, parent=parent, plain=parent.plain)
             parent.children[child.id] = child
@@ -626,6 +727,16 @@ def call_user(callback: Callable[[socket.socket], object], sock: socket.socket) 
         callback(sock)
     else:
         loop.call_soon(callback, sock)
+
+
+def check_pidfd(fd: int) -> None:
+    """ValueError unless it is one: the peer may have sent anything."""
+    try:
+        signal.pidfd_send_signal(fd, 0)
+    except (ProcessLookupError, PermissionError):
+        pass
+    except OSError as exc:
+        raise ValueError("a descriptor that is no pidfd") from exc
 
 
 def select_writable(fd: int) -> None:

@@ -227,10 +227,11 @@ def _start(request: Request) -> Process:
         process.claimed = "exec"
         names = os.fsdecode(request.cwd), os.fsdecode(request.program)
         process.names = ("", "", "", *names)  # by stage of failure
-        template.children[process.id] = process
         request.queue(
             template.channel, _afork.CMD_SPAWN, process.id.to_bytes(8, "little")
         )
+        template.children[process.id] = process
+        process.expect_exit()
         template.flush()
         if template.broken:
             # It has died since it was used last; nothing was sent, so once more.

@@ -31,8 +31,20 @@ extern PyType_Spec binding_channel_spec;
 PyObject *binding_serve(PyObject *module, PyObject *args);
 PyObject *binding_fork(PyObject *module, PyObject *unused);
 PyObject *binding_detach(PyObject *module, PyObject *flag);
+PyObject *binding_keep_title(PyObject *module, PyObject *unused);
 PyObject *binding_report_again(PyObject *module, PyObject *unused);
 PyObject *binding_make_plain(PyObject *module, PyObject *unused);
+
+/* worker.c */
+/* The function behind a name whose module is loaded; NULL without an
+ * exception if it takes more than looking it up. */
+PyObject *binding_find_loaded(const char *name, size_t len);
+/* Calls the function with a socket for fd (consumed) and the arguments; -1
+ * with the exception that it has raised. */
+int binding_enter(PyObject *handler, PyObject *func, PyObject *blank, int fd,
+                  PyObject *args);
+/* Ends the process with status 0 if nothing but a flush is left to do. */
+void binding_end_plainly(PyObject *count_exit_handlers);
 
 /* process.c */
 PyObject *binding_spawn(PyObject *module, PyObject *args, PyObject *kwargs);

@@ -15,7 +15,8 @@
 #include "outq.h"
 #include "reader.h"
 
-enum { RECEIVE_MAX = 256 }; /* frames a call */
+/* One call of receive: frames, and the bytes after which it takes no more. */
+enum { RECEIVE_MAX = 256, RECEIVE_BYTES = 1 << 20 };
 
 typedef struct {
     PyObject_HEAD
@@ -144,19 +145,50 @@ fd_of(PyObject *arg)
     return (int)value;
 }
 
+static void
+close_all(int *fds, Py_ssize_t n)
+{
+    while (n-- > 0)
+        afork_fd_close(&fds[n]);
+}
+
+/* All or none: half of the descriptors of a request would be taken for
+ * arguments by everything that is asked for later. */
 static PyObject *
-channel_handle(PyObject *self, PyObject *arg)
+channel_handles(PyObject *self, PyObject *arg)
 {
     Channel *c = (Channel *)self;
-    int fd = fd_of(arg);
+    PyObject *fast = PySequence_Fast(arg, "a sequence of descriptors is needed");
+    int fds[AFORK_FDPASS_MAX], r = 0;
+    Py_ssize_t n, have;
 
-    if (fd < 0)
+    if (!fast)
         return NULL;
-    fd = afork_fd_dup(fd);
-    if (fd < 0)
-        return binding_oserror(fd);
-    return status_none(
-        afork_outq_fd_take(&c->out, AFORK_CMD_HANDLE, NULL, 0, fd, 0));
+    n = PySequence_Fast_GET_SIZE(fast);
+    if (n > AFORK_FDPASS_MAX)
+        r = -EINVAL;
+    for (have = 0; r == 0 && have < n; have++) {
+        int fd = fd_of(PySequence_Fast_GET_ITEM(fast, have));
+
+        r = fd < 0 ? fd : afork_fd_dup(fd);
+        if (r < 0)
+            break;
+        fds[have] = r;
+        r = 0;
+    }
+    Py_DECREF(fast);
+    if (r < 0) {
+        close_all(fds, have);
+        return PyErr_Occurred() ? NULL : binding_oserror(r);
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        r = afork_outq_fd_take(&c->out, AFORK_CMD_HANDLE, NULL, 0, fds[i], 0);
+        if (r < 0) {
+            close_all(fds + i + 1, n - i - 1);
+            break;
+        }
+    }
+    return status_none(r);
 }
 
 /* Queues the request that turns sock, the far end, into process id. */
@@ -213,6 +245,8 @@ channel_fork_many(PyObject *self, PyObject *args)
     uint8_t payload[sizeof(uint64_t) + sizeof(uint32_t)];
     unsigned long long first;
     unsigned int n;
+    int fars[AFORK_HANDLES_MAX], r;
+    Py_ssize_t far;
     PyObject *list;
 
     if (!PyArg_ParseTuple(args, "KI:fork_many", &first, &n) || check_open(c) < 0)
@@ -220,24 +254,36 @@ channel_fork_many(PyObject *self, PyObject *args)
     if (n > AFORK_HANDLES_MAX || c->plain)
         return binding_oserror(-EINVAL);
     list = PyList_New(0);
-    for (unsigned int i = 0; list && i < n; i++) {
-        PyObject *child = NULL;
-        int pair[2], r = afork_fd_pair(pair);
+    for (far = 0; list && far < (Py_ssize_t)n; far++) {
+        PyObject *child;
+        int pair[2];
 
-        if (r == 0) {
-            afork_fd_nonblock(pair[0], 1);
-            child = channel_make(Py_TYPE(self), pair[0], 0);
-            r = afork_outq_fd_take(&c->out, AFORK_CMD_HANDLE, NULL, 0, pair[1],
-                                   first + i);
-        }
-        if (r < 0)
+        r = afork_fd_pair(pair);
+        if (r < 0) {
             binding_oserror(r);
-        if (r < 0 || !child || PyList_Append(list, child) < 0)
+            Py_CLEAR(list);
+            break;
+        }
+        fars[far] = pair[1];
+        afork_fd_nonblock(pair[0], 1);
+        child = channel_make(Py_TYPE(self), pair[0], 0);
+        if (!child || PyList_Append(list, child) < 0)
             Py_CLEAR(list);
         Py_XDECREF(child);
     }
-    if (!list)
+    if (!list) {
+        close_all(fars, far);
         return NULL;
+    }
+    for (unsigned int i = 0; i < n; i++) {
+        r = afork_outq_fd_take(&c->out, AFORK_CMD_HANDLE, NULL, 0, fars[i],
+                               first + i);
+        if (r < 0) {
+            close_all(fars + i + 1, (Py_ssize_t)(n - i - 1));
+            Py_DECREF(list);
+            return binding_oserror(r);
+        }
+    }
     memcpy(payload, &first, sizeof(uint64_t));
     memcpy(payload + sizeof(uint64_t), &n, sizeof(uint32_t));
     if (afork_outq_frame(&c->out, AFORK_CMD_FORK_IDS, payload, sizeof payload) < 0) {
@@ -289,6 +335,7 @@ static PyObject *
 channel_receive(PyObject *self, PyObject *unused)
 {
     Channel *c = (Channel *)self;
+    size_t bytes = 0;
     PyObject *list;
     int r;
 
@@ -296,8 +343,8 @@ channel_receive(PyObject *self, PyObject *unused)
     if (check_open(c) < 0)
         return NULL;
     list = PyList_New(0);
-    /* A bound: a peer that never stops must not keep the loop for itself. */
-    for (int n = 0; list && !c->eof && n < RECEIVE_MAX; n++) {
+    /* Bounds: a peer that never stops must not keep the loop for itself. */
+    for (int n = 0; list && !c->eof && n < RECEIVE_MAX && bytes < RECEIVE_BYTES; n++) {
         struct afork_frame frame = {.fd = AFORK_NOFD};
         PyObject *item;
 
@@ -313,6 +360,7 @@ channel_receive(PyObject *self, PyObject *unused)
             frame.len = 0;
             frame.fd = r;
         }
+        bytes += frame.len;
         item = Py_BuildValue("iy#i", frame.letter,
                              frame.len ? (const char *)frame.payload : "",
                              (Py_ssize_t)frame.len, frame.fd);
@@ -391,7 +439,7 @@ get_plain(PyObject *self, void *unused)
 static PyMethodDef methods[] = {
     {"frame", channel_frame, METH_VARARGS, NULL},
     {"strings", channel_strings, METH_VARARGS, NULL},
-    {"handle", channel_handle, METH_O, NULL},
+    {"handles", channel_handles, METH_O, NULL},
     {"fork", channel_fork, METH_O, NULL},
     {"fork_many", channel_fork_many, METH_VARARGS, NULL},
     {"request", channel_request, METH_VARARGS, NULL},

@@ -118,6 +118,7 @@ static PyMethodDef functions[] = {
     {"serve", binding_serve, METH_VARARGS, NULL},
     {"fork", binding_fork, METH_NOARGS, NULL},
     {"detach", binding_detach, METH_O, NULL},
+    {"keep_title", binding_keep_title, METH_NOARGS, NULL},
     {"report_again", binding_report_again, METH_NOARGS, NULL},
     {"make_plain", binding_make_plain, METH_NOARGS, NULL},
     {"spawn", (PyCFunction)(void (*)(void))binding_spawn,

@@ -10,9 +10,11 @@
 #include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/prctl.h>
 #include <unistd.h>
 
+#include "proctitle.h"
 #include "serve.h"
 
 extern char **environ;
@@ -20,6 +22,8 @@ extern char **environ;
 struct py_server {
     struct afork_server server;
     PyObject *handler;     /* strong */
+    PyObject *func;        /* strong: what run has found, or NULL */
+    int keep_title;        /* the title was set by hand */
     PyThreadState *thread; /* released while the loop waits */
     int dirty;             /* Python has run since the last fork */
     int clear_atexit;      /* the process has exit handlers a child must not run */
@@ -97,14 +101,29 @@ static int
 op_find(void *self, const uint8_t *name, size_t len,
         struct afork_failure *ret_failure)
 {
+    static const char title[] = "afork: worker ";
     struct py_server *p = self;
-    int r;
+    const char *text = len ? (const char *)name : "";
+    char full[256];
+    int r = 0;
 
     PyEval_RestoreThread(p->thread);
-    r = take_answer(PyObject_CallMethod(p->handler, "find", "y#",
-                                        len ? (const char *)name : "",
-                                        (Py_ssize_t)len),
-                    ret_failure);
+    if (!p->server.plain)
+        p->func = binding_find_loaded(text, len);
+    if (!p->func) {
+        r = take_answer(PyObject_CallMethod(p->handler, "find", "y#", text,
+                                            (Py_ssize_t)len),
+                        ret_failure);
+        if (r == 0)
+            p->func = PyObject_GetAttrString(p->handler, "func");
+    }
+    if (r == 0 && !p->keep_title) {
+        size_t room = sizeof full - sizeof title;
+
+        memcpy(full, title, sizeof title - 1);
+        memcpy(full + sizeof title - 1, text, len < room ? len : room);
+        afork_proctitle_set(full, sizeof title - 1 + (len < room ? len : room));
+    }
     p->thread = PyEval_SaveThread();
     return r;
 }
@@ -223,12 +242,33 @@ arg_list(struct py_server *p)
     return list;
 }
 
+/* Runs the function, and ends the process if that is all there is to do. */
+static int
+enter(struct py_server *p)
+{
+    PyObject *blank = PyObject_GetAttrString(p->handler, "blank");
+    PyObject *count = PyObject_GetAttrString(p->handler, "count_exit_handlers");
+    PyObject *args = arg_list(p);
+    int r = -1, fd = p->server.sock;
+
+    if (blank && count && args) {
+        p->server.sock = AFORK_NOFD;
+        r = binding_enter(p->handler, p->func, blank, fd, args);
+    }
+    Py_XDECREF(args);
+    Py_XDECREF(blank);
+    if (r == 0)
+        binding_end_plainly(count);
+    Py_XDECREF(count);
+    return r;
+}
+
 PyObject *
 binding_serve(PyObject *module, PyObject *args)
 {
     struct py_server *p;
-    PyObject *handler, *failure = Py_None, *list, *result = NULL;
-    int fd, plain, r, sock;
+    PyObject *handler, *failure = Py_None, *result = NULL;
+    int fd, plain, r;
 
     (void)module;
     if (!PyArg_ParseTuple(args, "ipO|O:serve", &fd, &plain, &handler, &failure))
@@ -252,20 +292,15 @@ binding_serve(PyObject *module, PyObject *args)
     r = afork_serve(&p->server);
     PyEval_RestoreThread(p->thread);
 
-    if (r == AFORK_ENTER) {
-        list = arg_list(p);
-        if (list) {
-            sock = p->server.sock;
-            p->server.sock = AFORK_NOFD;
-            result = Py_BuildValue("(iN)", sock, list);
-        }
-    } else if (r == AFORK_END) {
+    if (r == AFORK_ENTER)
+        r = enter(p);
+    else if (r != AFORK_END)
+        Py_XDECREF(PyObject_CallMethod(p->handler, "broken", "i", -r));
+    if (!PyErr_Occurred())
         result = Py_NewRef(Py_None);
-    } else {
-        binding_oserror(r);
-    }
     current = p->outer;
     afork_server_free(&p->server);
+    Py_XDECREF(p->func);
     Py_DECREF(p->handler);
     PyMem_Free(p);
     return result;
@@ -295,6 +330,18 @@ check_serving(void)
         return 0;
     PyErr_SetString(PyExc_RuntimeError, "not in a server process");
     return -1;
+}
+
+/* The title was chosen by the application: run does not change it. */
+PyObject *
+binding_keep_title(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    if (check_serving() < 0)
+        return NULL;
+    current->keep_title = 1;
+    Py_RETURN_NONE;
 }
 
 /* The started report goes out once more: somebody else listens now. */

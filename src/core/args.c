@@ -11,7 +11,8 @@ void
 afork_args_init(struct afork_args *a)
 {
     memset(a, 0, sizeof *a);
-    a->handles_max = AFORK_HANDLES_MAX;
+    /* Those that wait for run, and as many again for one request. */
+    a->handles_max = 2 * AFORK_HANDLES_MAX;
 }
 
 void
