@@ -12,6 +12,8 @@ setup(
             sources=sorted(glob("src/core/*.c") + glob("src/binding/*.c")),
             depends=sorted(glob("src/core/*.h") + glob("src/binding/*.h")),
             include_dirs=["src/core"],
+            # What is bound lazily is bound again in every forked process.
+            extra_link_args=["-Wl,-z,now"],
             extra_compile_args=[
                 "-std=c11",
                 "-fvisibility=hidden",

@@ -386,6 +386,7 @@ def main() -> NoReturn:
     directory, version, fd = sys.argv[1], sys.argv[2], int(sys.argv[3])
     sys.path.remove(directory)
     sys.argv[1:] = []
+    os.environ.pop("LD_BIND_NOW", None)  # it was for this interpreter only
     names = _main().__dict__
     for name in [n for n in names if not n.startswith("__")]:
         del names[name]

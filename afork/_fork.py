@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias
 from . import _afork, _interpreter
 from ._become import Exec, Run
 from ._default import default_fork, early_template, fork_default
-from ._errors import AforkError, ClosedError, WorkerLost
+from ._errors import AforkError, ClosedError, TemplateError, WorkerLost
 from ._exec import Request, Stream
 from ._function import function_name
 from ._handles import descriptor_of
@@ -517,6 +517,8 @@ class Fork:
             return process.exited or (process.error is not None and process.pid is None)
 
         await process.until(over)
+        if isinstance(process.error, (WorkerLost, TemplateError)):
+            process.told()  # this is how: by its status
         if process.status is not None:
             return os.waitstatus_to_exitcode(process.status)
         if process.pid is None:

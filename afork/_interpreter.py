@@ -148,12 +148,17 @@ def spawn_template(python: str | None = None) -> Process:
     python = python or find_python()
     directory = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     command: list[str | bytes] = [python, *_flags(), "-I", "-S", "-c", _BOOT]
-    process = spawn([*command, directory, __version__], dict(os.environb))
+    # What ld.so binds lazily it would bind again in every forked process, at
+    # the price of a dozen page faults; _child.main takes it out again.
+    env = {**os.environb, b"LD_BIND_NOW": b"1"}
+    process = spawn([*command, directory, __version__], env)
     assert process.channel is not None
     settings = [
         b"prefix",
         _pack(sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix),
     ]
+    if b"LD_BIND_NOW" in os.environb:
+        settings += [b"env", b"LD_BIND_NOW=" + os.environb[b"LD_BIND_NOW"]]
     if needs_site():
         settings += [b"site", b""]
     process.channel.strings(_afork.CMD_SET, settings)

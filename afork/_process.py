@@ -461,12 +461,15 @@ class Process:
             self.status is None
             and parent is not None
             and parent.gone
-            and not parent.released
+            and (parent.error is not None or not parent.released)
         ):
-            error: BaseException = TemplateError(
-                "the template has died", parent.pid, parent.status
-            )
-            error.__cause__ = parent.error
+            if self.pid is None and isinstance(parent.error, (OSError, RemoteError)):
+                error: BaseException = parent.error  # it has never been there
+            else:
+                error = TemplateError(
+                    "the template has died", parent.pid, parent.status
+                )
+                error.__cause__ = parent.error
         elif self.direct and self.pid is not None:
             error = TemplateError("the process has died", self.pid, self.status)
         else:
@@ -489,9 +492,23 @@ class Process:
         self.was_logged = True
         logger.error("process %s failed: %s", self.pid or "(not started)", self.error)
 
+    def told(self) -> None:
+        """Somebody has this error, so that the log need not have it.
+
+        Nor its template's, if that is where it comes from.
+        """
+        self.was_logged = True
+        error, parent = self.error, self.parent
+        if error is None or parent is None or parent.error is None:
+            return
+        if parent.error is error.__cause__ or (
+            type(parent.error) is type(error) and parent.error.args == error.args
+        ):
+            parent.told()
+
     def raise_error(self) -> None:
         if self.error is not None:
-            self.was_logged = True
+            self.told()
             # A copy: with the traceback that raising gives it, the original
             # would keep the caller's frame, and so its Fork, for ever.
             error = copy.copy(self.error)
@@ -549,13 +566,13 @@ class Process:
             if pid:
                 self.on_exited(status, usage_fields(usage))
             return
-        if events & HUP:  # reaped: from here on the kernel tells its status
-            self._exit_by_pidfd()
-        elif self.parent is None or self.parent.gone:
-            hub().change(self.pidfd, 0)
-            hub().later(GRACE, self._exit_by_pidfd)
-        else:
+        if self.parent is not None and not self.parent.gone:
             hub().unwatch(self.pidfd)
+            hub().later(GRACE, self._exit_by_pidfd)
+        elif events & HUP:  # reaped: from here on the kernel tells its status
+            self._exit_by_pidfd()
+        else:
+            hub().change(self.pidfd, 0)
             hub().later(GRACE, self._exit_by_pidfd)
 
     def _exit_by_pidfd(self) -> None:

@@ -44,7 +44,8 @@ PyObject *binding_find_loaded(const char *name, size_t len);
 int binding_enter(PyObject *handler, PyObject *func, PyObject *blank, int fd,
                   PyObject *args);
 /* Ends the process with status 0 if nothing but a flush is left to do. */
-void binding_end_plainly(PyObject *count_exit_handlers);
+void binding_end_plainly(PyObject *count_exit_handlers, PyObject *threading,
+                         PyObject *flush);
 
 /* process.c */
 PyObject *binding_spawn(PyObject *module, PyObject *args, PyObject *kwargs);

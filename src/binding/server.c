@@ -23,6 +23,9 @@ struct py_server {
     struct afork_server server;
     PyObject *handler;     /* strong */
     PyObject *func;        /* strong: what run has found, or NULL */
+    PyObject *blank;       /* strong: the socket object that run fills */
+    PyObject *count_exit_handlers;         /* strong */
+    PyObject *name_threading, *name_flush; /* strong: made before any fork */
     int keep_title;        /* the title was set by hand */
     PyThreadState *thread; /* released while the loop waits */
     int dirty;             /* Python has run since the last fork */
@@ -242,25 +245,31 @@ arg_list(struct py_server *p)
     return list;
 }
 
-/* Runs the function, and ends the process if that is all there is to do. */
-static int
+/* Runs the function; what it raises stays set. */
+static void
 enter(struct py_server *p)
 {
-    PyObject *blank = PyObject_GetAttrString(p->handler, "blank");
-    PyObject *count = PyObject_GetAttrString(p->handler, "count_exit_handlers");
     PyObject *args = arg_list(p);
-    int r = -1, fd = p->server.sock;
+    int fd = p->server.sock;
 
-    if (blank && count && args) {
+    if (args) {
         p->server.sock = AFORK_NOFD;
-        r = binding_enter(p->handler, p->func, blank, fd, args);
+        binding_enter(p->handler, p->func, p->blank, fd, args);
     }
     Py_XDECREF(args);
-    Py_XDECREF(blank);
-    if (r == 0)
-        binding_end_plainly(count);
-    Py_XDECREF(count);
-    return r;
+}
+
+static void
+py_server_free(struct py_server *p)
+{
+    afork_server_free(&p->server);
+    Py_XDECREF(p->handler);
+    Py_XDECREF(p->func);
+    Py_XDECREF(p->blank);
+    Py_XDECREF(p->count_exit_handlers);
+    Py_XDECREF(p->name_threading);
+    Py_XDECREF(p->name_flush);
+    PyMem_Free(p);
 }
 
 PyObject *
@@ -279,10 +288,14 @@ binding_serve(PyObject *module, PyObject *args)
     afork_server_init_take(&p->server, fd, plain, &ops, p);
     p->handler = Py_NewRef(handler);
     p->dirty = 1;
-    if (failure != Py_None && get_failure(failure, &p->server.failure) < 0) {
-        afork_server_free(&p->server);
-        Py_DECREF(p->handler);
-        PyMem_Free(p);
+    p->blank = PyObject_GetAttrString(handler, "blank");
+    p->count_exit_handlers = PyObject_GetAttrString(handler, "count_exit_handlers");
+    p->name_threading = PyUnicode_InternFromString("threading");
+    p->name_flush = PyUnicode_InternFromString("flush");
+    if (!p->blank || !p->count_exit_handlers || !p->name_threading ||
+        !p->name_flush ||
+        (failure != Py_None && get_failure(failure, &p->server.failure) < 0)) {
+        py_server_free(p);
         return NULL;
     }
     p->outer = current;
@@ -293,16 +306,16 @@ binding_serve(PyObject *module, PyObject *args)
     PyEval_RestoreThread(p->thread);
 
     if (r == AFORK_ENTER)
-        r = enter(p);
+        enter(p);
     else if (r != AFORK_END)
         Py_XDECREF(PyObject_CallMethod(p->handler, "broken", "i", -r));
-    if (!PyErr_Occurred())
+    if (!PyErr_Occurred()) {
+        binding_end_plainly(p->count_exit_handlers, p->name_threading,
+                            p->name_flush);
         result = Py_NewRef(Py_None);
+    }
     current = p->outer;
-    afork_server_free(&p->server);
-    Py_XDECREF(p->func);
-    Py_DECREF(p->handler);
-    PyMem_Free(p);
+    py_server_free(p);
     return result;
 }
 

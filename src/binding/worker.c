@@ -50,7 +50,9 @@ binding_find_loaded(const char *name, size_t len)
     n = split ? (size_t)(split - name) : 0;
     text = split ? PyUnicode_FromStringAndSize(name, (Py_ssize_t)n)
                  : PyUnicode_FromString("__main__");
-    module = text ? PyImport_GetModule(text) : NULL;
+    /* PyImport_GetModule would look into the module's spec as well. */
+    module = text ? PyDict_GetItemWithError(PyImport_GetModuleDict(), text) : NULL;
+    Py_XINCREF(module);
     Py_XDECREF(text);
     if (module) {
         const char *path = split ? split + 1 : name;
@@ -112,24 +114,24 @@ binding_enter(PyObject *handler, PyObject *func, PyObject *blank, int fd,
 }
 
 static void
-flush_stream(const char *name)
+flush_stream(const char *name, PyObject *flush)
 {
     PyObject *stream = PySys_GetObject(name), *result = NULL;
 
     if (stream && stream != Py_None)
-        result = PyObject_CallMethod(stream, "flush", NULL);
+        result = PyObject_CallMethodNoArgs(stream, flush);
     Py_XDECREF(result);
     PyErr_Clear(); /* closed, or a reader that has gone */
 }
 
 void
-binding_end_plainly(PyObject *count_exit_handlers)
+binding_end_plainly(PyObject *count_exit_handlers, PyObject *threading,
+                    PyObject *flush)
 {
-    PyObject *modules = PyImport_GetModuleDict();
     PyObject *count;
     long handlers = -1;
 
-    if (PyDict_GetItemString(modules, "threading"))
+    if (PyDict_GetItemWithError(PyImport_GetModuleDict(), threading))
         return;
     count = PyObject_CallNoArgs(count_exit_handlers);
     if (count)
@@ -138,7 +140,7 @@ binding_end_plainly(PyObject *count_exit_handlers)
     PyErr_Clear();
     if (handlers != 0)
         return;
-    flush_stream("stdout");
-    flush_stream("stderr");
+    flush_stream("stdout", flush);
+    flush_stream("stderr", flush);
     _exit(0);
 }

@@ -17,10 +17,19 @@ afork_outq_init(struct afork_outq *q)
 }
 
 void
-afork_outq_free(struct afork_outq *q)
+afork_outq_reset(struct afork_outq *q)
 {
     while (q->fds_head < q->fds_tail)
         afork_fd_close(&q->fds[q->fds_head++].fd);
+    q->fds_head = q->fds_tail = 0;
+    q->head = q->tail = 0;
+    q->sent = 0;
+}
+
+void
+afork_outq_free(struct afork_outq *q)
+{
+    afork_outq_reset(q);
     free(q->fds);
     free(q->buf);
     afork_outq_init(q);
@@ -37,7 +46,7 @@ static int
 reserve(void **base, size_t *head, size_t *tail, size_t *cap, size_t more,
         size_t size)
 {
-    size_t used = *tail - *head, want = *cap ? *cap : 256;
+    size_t used = *tail - *head, want = *cap ? *cap : 512 / size;
     void *p;
 
     if (*cap - *tail >= more)
@@ -63,6 +72,16 @@ reserve(void **base, size_t *head, size_t *tail, size_t *cap, size_t more,
 }
 
 static int
+reserve_fds(struct afork_outq *q, size_t more)
+{
+    void *p = q->fds;
+    int r = reserve(&p, &q->fds_head, &q->fds_tail, &q->fds_cap, more, sizeof *q->fds);
+
+    q->fds = p;
+    return r;
+}
+
+static int
 reserve_bytes(struct afork_outq *q, size_t more)
 {
     void *p = q->buf;
@@ -78,6 +97,13 @@ put_bytes(struct afork_outq *q, const void *data, size_t len)
     if (len)
         memcpy(q->buf + q->tail, data, len);
     q->tail += len;
+}
+
+void
+afork_outq_prepare(struct afork_outq *q)
+{
+    (void)reserve_bytes(q, 1);
+    (void)reserve_fds(q, 1);
 }
 
 int
@@ -121,11 +147,8 @@ afork_outq_fd_take(struct afork_outq *q, uint8_t letter, const void *payload,
                    size_t len, int fd, uint64_t tag)
 {
     uint64_t frame = afork_outq_end(q);
-    void *p = q->fds;
-    int r;
+    int r = reserve_fds(q, 1);
 
-    r = reserve(&p, &q->fds_head, &q->fds_tail, &q->fds_cap, 1, sizeof *q->fds);
-    q->fds = p;
     if (r == 0)
         r = reserve_bytes(q, AFORK_HEAD_SIZE + len + 1);
     if (r == 0)

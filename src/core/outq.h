@@ -26,6 +26,11 @@ struct afork_outq {
 };
 
 void afork_outq_init(struct afork_outq *q);
+/* Room for a few frames now, so that none is needed right after a fork, when
+ * each touch of the heap costs a page.  Without memory it comes later. */
+void afork_outq_prepare(struct afork_outq *q);
+/* Closes and forgets what is queued, but keeps the memory. */
+void afork_outq_reset(struct afork_outq *q);
 /* Frees all and closes the descriptors that were not sent. */
 void afork_outq_free(struct afork_outq *q);
 

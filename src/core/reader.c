@@ -8,7 +8,10 @@
 #include "fd.h"
 #include "fdpass.h"
 
-enum { CHUNK = 64 << 10 }; /* what is kept, and the first allocation */
+enum {
+    SMALL = 512,
+    CHUNK = 64 << 10, /* what is kept, and the first allocation */
+};
 
 void
 afork_reader_init(struct afork_reader *r, enum afork_direction direction)
@@ -16,6 +19,19 @@ afork_reader_init(struct afork_reader *r, enum afork_direction direction)
     memset(r, 0, sizeof *r);
     r->direction = direction;
     r->frame_max = AFORK_FRAME_MAX;
+}
+
+void
+afork_reader_prepare(struct afork_reader *r)
+{
+    r->payload = malloc(SMALL);
+    r->payload_cap = r->payload ? SMALL : 0;
+}
+
+void
+afork_reader_reset(struct afork_reader *r)
+{
+    r->head_got = r->payload_got = 0;
 }
 
 void
@@ -67,15 +83,16 @@ recv_fd(int sock, int *ret_fd)
     return 1;
 }
 
+/* Room for more of a payload of len bytes, as far as it has arrived. */
 static int
 grow(struct afork_reader *r, uint32_t len)
 {
-    uint32_t cap = r->payload_cap ? r->payload_cap : CHUNK;
+    uint32_t cap = r->payload_cap < CHUNK ? CHUNK : r->payload_cap;
     uint8_t *p;
 
     if (r->payload_got < r->payload_cap)
         return 0;
-    if (r->payload_cap)
+    if (r->payload_cap >= CHUNK)
         cap = cap > len / 2 ? len : cap * 2;
     if (cap > len)
         cap = len;

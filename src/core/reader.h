@@ -30,6 +30,10 @@ struct afork_frame {
 };
 
 void afork_reader_init(struct afork_reader *r, enum afork_direction direction);
+/* Memory for small frames now; see afork_outq_prepare. */
+void afork_reader_prepare(struct afork_reader *r);
+/* Forgets a half-read frame, but keeps the memory. */
+void afork_reader_reset(struct afork_reader *r);
 void afork_reader_free(struct afork_reader *r);
 
 /*

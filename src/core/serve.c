@@ -48,6 +48,8 @@ afork_server_init_take(struct afork_server *s, int sock, int plain,
     afork_outq_init(&s->out);
     afork_args_init(&s->args);
     afork_children_init(&s->children);
+    afork_reader_prepare(&s->in);
+    afork_outq_prepare(&s->out);
 }
 
 void
@@ -168,9 +170,9 @@ static void
 become_child(struct afork_server *s, int sock, pid_t parent)
 {
     afork_fd_close(&s->sock); /* a second holder would hide our parent's death */
-    afork_outq_free(&s->out); /* its reports are not ours to send */
-    afork_children_free(&s->children);
-    afork_reader_free(&s->in);
+    afork_outq_reset(&s->out); /* its reports are not ours to send */
+    afork_reader_reset(&s->in);
+    s->children.n = 0;
     s->sock = sock;
     s->started = 0;
     s->mute = 0;
@@ -434,19 +436,19 @@ wait_event(struct afork_server *s, int eof)
     return n > 0 ? p.revents : 0;
 }
 
-/* After end of file: half closed, the children still have to be reaped. */
+/* After end of file: half closed, but there are children to reap and perhaps
+ * reports that the application has not read yet. */
 static int
 finish(struct afork_server *s)
 {
-    while (!s->plain && s->children.n) {
-        if (wait_event(s, 1) & (POLLHUP | POLLERR))
-            break; /* the application has gone: the children go with us */
+    for (;;) {
         afork_children_reap(&s->children, child_exited, s);
         flush_some(s);
+        if (s->plain || (!s->children.n && !afork_outq_len(&s->out)))
+            return AFORK_END;
+        if (wait_event(s, 1) & (POLLHUP | POLLERR))
+            return AFORK_END; /* the application has gone: they go with us */
     }
-    if (!s->mute)
-        flush_some(s);
-    return AFORK_END;
 }
 
 int

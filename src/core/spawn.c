@@ -68,9 +68,12 @@ map_fds(const struct afork_exec *x, int *status)
 {
     int top = 2, moved[x->nfds + 1];
 
-    for (size_t i = 0; i < x->nfds; i++)
+    for (size_t i = 0; i < x->nfds; i++) {
+        if (x->fds[i].to == INT_MAX)
+            return -EBADF; /* there is no number above it */
         if (x->fds[i].to > top)
             top = x->fds[i].to;
+    }
     for (size_t i = 0; i < x->nfds; i++) {
         moved[i] = fcntl(x->fds[i].from, F_DUPFD_CLOEXEC, top + 1);
         if (moved[i] < 0)
