@@ -374,8 +374,9 @@ def serve(fd: int, plain: bool, failure: Failure | None = None) -> NoReturn:
     global serving
     serving = True
     status = 0
+    handler = Handler(plain)  # to the end: a worker need not close its socket
     try:
-        _afork.serve(fd, plain, Handler(plain), failure)
+        _afork.serve(fd, plain, handler, failure)
     except BaseException as exc:
         status = exit_status(exc)
     end(status)

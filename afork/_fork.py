@@ -278,6 +278,8 @@ class Fork:
                 pairs += [b"env", encoded + b"=" + os.fsencode(value)]
         if cwd is not None:
             pairs += [b"cwd", os.fsencode(cwd)]
+        if any(b"\0" in value for value in pairs):
+            raise ValueError("embedded null byte in a setting")
         if umask is not None:
             pairs += [b"umask", b"%d" % umask]
         for which, (soft, hard) in (rlimits or {}).items():

@@ -33,13 +33,17 @@ class Hub:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callback] = {}
         self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+        #: The one attached last: a set of weak references is slow to ask.
+        self._last: Callable[[], asyncio.AbstractEventLoop | None] = lambda: None
 
     def attach(self) -> asyncio.AbstractEventLoop:
         """Make the running loop drain this hub; RuntimeError without one."""
         loop = asyncio.get_running_loop()
-        if loop not in self._loops:
-            loop.add_reader(self._epoll.fileno(), self.drain)
-            self._loops.add(loop)
+        if self._last() is not loop:
+            if loop not in self._loops:
+                loop.add_reader(self._epoll.fileno(), self.drain)
+                self._loops.add(loop)
+            self._last = weakref.ref(loop)
         return loop
 
     def attach_any(self) -> bool:

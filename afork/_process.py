@@ -31,8 +31,7 @@ logger = logging.getLogger("afork")
 #: Seconds that a report about a process may come later than its end.
 GRACE = 1.0
 
-#: Each leaves room for the numbers of one fork request of several processes.
-_ids = itertools.count(256, 256)
+_ids = itertools.count(1)
 _EXITED = struct.Struct("=QIi18q")
 _STARTED = struct.Struct("=I")
 _SPAWNED = struct.Struct("=QI")
@@ -42,10 +41,7 @@ _STAGES = ("", "fork", "setup", "cwd", "exec")
 
 
 def next_id() -> int:
-    """A number for a process or a request, unique in this application.
-
-    The 255 that follow it are unused and the caller's, too.
-    """
+    """A number for a process or a request, unique in this application."""
     return next(_ids)
 
 
@@ -317,6 +313,8 @@ class Process:
             elif letter in (_afork.REP_SPAWNED, _afork.REP_SPAWNED_BARE):
                 id, pid = _SPAWNED.unpack(payload)
                 child = self.children.get(id)
+                if child is not None and not child.names:
+                    raise ValueError("a program that nobody has asked for")
                 if child is not None:
                     child._on_started(pid, fd)
                     child.executed = True
@@ -597,6 +595,8 @@ class Process:
         """Now, or as soon as the process has reported its start."""
         if self.exited or (self.gone and self.pidfd < 0):
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        if number == signal.SIGKILL:
+            self.was_logged = True  # its end is no news
         if self.pidfd >= 0:
             self.deliver(number)
         else:
@@ -678,36 +678,42 @@ def dead_end() -> int:
     return ours.detach()
 
 
+#: Fork requests after which what is queued is sent: each holds a descriptor.
+_BATCH = 64
+
+
 def fork_process(parent: Process) -> Process:
     """Queue one fork and send it."""
-    (child,) = fork_processes(parent, 1)
+    child = _queue_fork(parent)
+    parent.flush()
     return child
 
 
 def fork_processes(parent: Process, n: int) -> list[Process]:
+    """Queue n forks and send them."""
     children: list[Process] = []
+    try:
+        for i in range(n):
+            children.append(_queue_fork(parent))
+            if i % _BATCH == 0:
+                parent.flush()
+    except OSError:  # all or none
+        for child in children:
+            child.drop()
+        raise
+    parent.flush()
+    return children
+
+
+def _queue_fork(parent: Process) -> Process:
     channel = parent.channel
     if channel is None:
         channel = _afork.Channel(dead_end(), parent.plain)
-    while len(children) < n:
-        many = 1 if parent.plain else min(n - len(children), _afork.HANDLES_MAX)
-        first = next_id()
-        try:
-            if many == 1:
-                channels = [channel.fork(first)]
-            else:
-                channels = channel.fork_many(first, many)
-        except OSError:  # all or none
-            for child in children:
-                child.drop()
-            raise
-        for i, far in enumerate(channels):
-            child = Process(far, id=first + i, parent=parent, plain=parent.plain)
-            parent.children[child.id] = child
-            children.append(child)
-        parent.forked = True
-        parent.flush()
-    return children
+    id = next_id()
+    child = Process(channel.fork(id), id=id, parent=parent, plain=parent.plain)
+    parent.children[id] = child
+    parent.forked = True
+    return child
 
 
 #: What to do first when a template has ended (the default one is replaced).

@@ -142,9 +142,9 @@ def _workers() -> list[Contender]:
         ),
         ("afork-new", "afork Fork.new", lambda k: _app("peers.afork_new", k), SMALL),
         (
-            "afork-builtin",
-            "afork Fork.new, function of builtins",
-            lambda k: _app("peers.afork_builtin", k),
+            "afork-import",
+            "afork Fork.new, worker imports a module",
+            lambda k: _app("peers.afork_import", k),
             SMALL,
         ),
         (

@@ -20,6 +20,7 @@ import afork_bench_target
 from meter import Goal, Meter, Sample, Unavailable, first, measure
 
 TARGET = "afork_bench_target.leave"
+NO_IMPORT = "builtins.id"
 
 
 def load(name: str) -> Any:
@@ -135,13 +136,13 @@ def version(package: Any) -> str:
 
 
 def afork_new(goal: Goal) -> Sample:
+    """A function that needs no import, as Perl's ``CORE::exit`` needs none."""
+    return _ours(goal, lambda afork: afork.Fork.new().run(NO_IMPORT))
+
+
+def afork_import(goal: Goal) -> Sample:
     """Each worker imports the target's module by itself."""
     return _ours(goal, lambda afork: afork.Fork.new().run(TARGET))
-
-
-def afork_builtin(goal: Goal) -> Sample:
-    """A function that needs no import, as Perl's ``CORE::exit`` needs none."""
-    return _ours(goal, lambda afork: afork.Fork.new().run("builtins.id"))
 
 
 def afork_preloaded(goal: Goal) -> Sample:
@@ -152,4 +153,4 @@ def afork_preloaded(goal: Goal) -> Sample:
 
 
 def afork_exec(goal: Goal) -> Sample:
-    return _ours(goal, lambda afork: afork.Fork.new_exec().run(TARGET))
+    return _ours(goal, lambda afork: afork.Fork.new_exec().run(NO_IMPORT))

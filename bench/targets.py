@@ -145,13 +145,13 @@ def _slowest_fault(results: Results) -> list[float]:
 # are no targets but the same under a fairer comparison, or what the machine allows.
 RATIOS: tuple[tuple[str, float | None, str, str], ...] = (
     ("Fork.new / Perl new, one at a time", 1.0, "afork-new/1", "perl-new/1"),
-    ("(no import, like CORE::exit)", 1.0, "afork-builtin/1", "perl-new/1"),
+    ("(each worker imports a module)", 1.0, "afork-import/1", "perl-new/1"),
     ("Fork.new / forkserver preloaded", 8.0, "afork-new/1", "forkserver/1"),
     ("(both preloaded)", 8.0, "afork-preloaded/1", "forkserver/1"),
     ("(C limit / forkserver)", None, "c-fork/1", "forkserver/1"),
     ("(forkserver with main file)", 8.0, "afork-new/1", "forkserver-script/1"),
     ("Fork.new / Perl new, 16 in flight", 1.5, "afork-new/16", "perl-new/16"),
-    ("(no import, like CORE::exit)", 1.5, "afork-builtin/16", "perl-new/16"),
+    ("(each worker imports a module)", 1.5, "afork-import/16", "perl-new/16"),
     ("Fork.new, application 1 GB / 20 MB", 0.9, "afork-new@1g/1", "afork-new/1"),
     ("program / asyncio, 20 MB", 1.0, "afork-program@20m", "asyncio@20m"),
     ("program / asyncio, 1 GB", 1.0, "afork-program@1g", "asyncio@1g"),

@@ -182,7 +182,8 @@ channel_handles(PyObject *self, PyObject *arg)
         return PyErr_Occurred() ? NULL : binding_oserror(r);
     }
     for (Py_ssize_t i = 0; i < n; i++) {
-        r = afork_outq_fd_take(&c->out, AFORK_CMD_HANDLE, NULL, 0, fds[i], 0);
+        r = afork_outq_fd_take(&c->out, AFORK_CARRY_BEHIND, AFORK_CMD_HANDLE, NULL, 0,
+                               fds[i], 0);
         if (r < 0) {
             close_all(fds + i + 1, n - i - 1);
             break;
@@ -195,17 +196,14 @@ channel_handles(PyObject *self, PyObject *arg)
 static int
 request_fork_take(Channel *c, int sock, uint64_t id)
 {
-    uint8_t payload[sizeof id + sizeof(uint32_t)];
-    uint32_t one = 1;
-    int r = afork_outq_fd_take(&c->out, AFORK_CMD_HANDLE, NULL, 0, sock, id);
+    int r;
 
-    if (r < 0)
-        return r;
-    if (c->plain)
-        return afork_outq_frame(&c->out, AFORK_CMD_FORK, NULL, 0);
-    memcpy(payload, &id, sizeof id);
-    memcpy(payload + sizeof id, &one, sizeof one);
-    return afork_outq_frame(&c->out, AFORK_CMD_FORK_IDS, payload, sizeof payload);
+    if (!c->plain)
+        return afork_outq_fd_take(&c->out, AFORK_CARRY_FIRST, AFORK_CMD_FORK_ID,
+                                  &id, sizeof id, sock, id);
+    r = afork_outq_fd_take(&c->out, AFORK_CARRY_BEHIND, AFORK_CMD_HANDLE, NULL, 0,
+                           sock, id);
+    return r < 0 ? r : afork_outq_frame(&c->out, AFORK_CMD_FORK, NULL, 0);
 }
 
 static PyObject *
@@ -236,61 +234,6 @@ channel_fork(PyObject *self, PyObject *arg)
         return binding_oserror(r);
     }
     return child;
-}
-
-static PyObject *
-channel_fork_many(PyObject *self, PyObject *args)
-{
-    Channel *c = (Channel *)self;
-    uint8_t payload[sizeof(uint64_t) + sizeof(uint32_t)];
-    unsigned long long first;
-    unsigned int n;
-    int fars[AFORK_HANDLES_MAX], r;
-    Py_ssize_t far;
-    PyObject *list;
-
-    if (!PyArg_ParseTuple(args, "KI:fork_many", &first, &n) || check_open(c) < 0)
-        return NULL;
-    if (n > AFORK_HANDLES_MAX || c->plain)
-        return binding_oserror(-EINVAL);
-    list = PyList_New(0);
-    for (far = 0; list && far < (Py_ssize_t)n; far++) {
-        PyObject *child;
-        int pair[2];
-
-        r = afork_fd_pair(pair);
-        if (r < 0) {
-            binding_oserror(r);
-            Py_CLEAR(list);
-            break;
-        }
-        fars[far] = pair[1];
-        afork_fd_nonblock(pair[0], 1);
-        child = channel_make(Py_TYPE(self), pair[0], 0);
-        if (!child || PyList_Append(list, child) < 0)
-            Py_CLEAR(list);
-        Py_XDECREF(child);
-    }
-    if (!list) {
-        close_all(fars, far);
-        return NULL;
-    }
-    for (unsigned int i = 0; i < n; i++) {
-        r = afork_outq_fd_take(&c->out, AFORK_CMD_HANDLE, NULL, 0, fars[i],
-                               first + i);
-        if (r < 0) {
-            close_all(fars + i + 1, (Py_ssize_t)(n - i - 1));
-            Py_DECREF(list);
-            return binding_oserror(r);
-        }
-    }
-    memcpy(payload, &first, sizeof(uint64_t));
-    memcpy(payload + sizeof(uint64_t), &n, sizeof(uint32_t));
-    if (afork_outq_frame(&c->out, AFORK_CMD_FORK_IDS, payload, sizeof payload) < 0) {
-        Py_DECREF(list);
-        return PyErr_NoMemory();
-    }
-    return list;
 }
 
 static PyObject *
@@ -441,7 +384,6 @@ static PyMethodDef methods[] = {
     {"strings", channel_strings, METH_VARARGS, NULL},
     {"handles", channel_handles, METH_O, NULL},
     {"fork", channel_fork, METH_O, NULL},
-    {"fork_many", channel_fork_many, METH_VARARGS, NULL},
     {"request", channel_request, METH_VARARGS, NULL},
     {"reclaim", channel_reclaim, METH_NOARGS, NULL},
     {"flush", channel_flush, METH_NOARGS, NULL},

@@ -143,8 +143,8 @@ afork_outq_list(struct afork_outq *q, uint8_t letter,
 }
 
 int
-afork_outq_fd_take(struct afork_outq *q, uint8_t letter, const void *payload,
-                   size_t len, int fd, uint64_t tag)
+afork_outq_fd_take(struct afork_outq *q, enum afork_carry carry, uint8_t letter,
+                   const void *payload, size_t len, int fd, uint64_t tag)
 {
     uint64_t frame = afork_outq_end(q);
     int r = reserve_fds(q, 1);
@@ -158,8 +158,13 @@ afork_outq_fd_take(struct afork_outq *q, uint8_t letter, const void *payload,
         return r;
     }
     q->fds[q->fds_tail++] = (struct afork_outq_fd){
-        .at = afork_outq_end(q), .frame = frame, .tag = tag, .fd = fd};
-    put_bytes(q, "", 1);
+        .at = carry == AFORK_CARRY_FIRST ? frame : afork_outq_end(q),
+        .frame = frame,
+        .tag = tag,
+        .fd = fd,
+    };
+    if (carry == AFORK_CARRY_BEHIND)
+        put_bytes(q, "", 1);
     return 0;
 }
 

@@ -11,7 +11,7 @@
 
 /* A descriptor and the byte of the stream that it rides on. */
 struct afork_outq_fd {
-    uint64_t at;    /* position of its NUL byte in the stream */
+    uint64_t at;    /* position of its byte in the stream */
     uint64_t frame; /* position of the frame that announces it */
     uint64_t tag;   /* the caller's; 0 for none */
     int fd;         /* owned */
@@ -48,10 +48,11 @@ int afork_outq_frame(struct afork_outq *q, uint8_t letter, const void *payload,
 /* The same with a string list for payload.  -E2BIG above frame_max. */
 int afork_outq_list(struct afork_outq *q, uint8_t letter,
                     const struct afork_str *strs, size_t n, size_t frame_max);
-/* Queue a frame and the descriptor that it announces, consumed on success
- * and on failure. */
-int afork_outq_fd_take(struct afork_outq *q, uint8_t letter,
-                       const void *payload, size_t len, int fd, uint64_t tag);
+/* Queue a frame and a descriptor that rides where the letter says; it is
+ * consumed on success and on failure. */
+int afork_outq_fd_take(struct afork_outq *q, enum afork_carry carry,
+                       uint8_t letter, const void *payload, size_t len, int fd,
+                       uint64_t tag);
 
 /*
  * Sends what the socket accepts without waiting: 1 when all is sent, 0 when

@@ -17,6 +17,7 @@ void
 afork_reader_init(struct afork_reader *r, enum afork_direction direction)
 {
     memset(r, 0, sizeof *r);
+    r->head_fd = AFORK_NOFD;
     r->direction = direction;
     r->frame_max = AFORK_FRAME_MAX;
 }
@@ -31,56 +32,81 @@ afork_reader_prepare(struct afork_reader *r)
 void
 afork_reader_reset(struct afork_reader *r)
 {
+    afork_fd_close(&r->head_fd);
     r->head_got = r->payload_got = 0;
 }
 
 void
 afork_reader_free(struct afork_reader *r)
 {
+    afork_reader_reset(r);
     free(r->payload);
     r->payload = NULL;
-    r->head_got = r->payload_got = r->payload_cap = 0;
+    r->payload_cap = 0;
 }
 
-/* Bytes that may carry no descriptor: > 0, 0 to wait, or an error. */
+/* Bytes, and the descriptor that rides on them: > 0, 0 to wait, or an error. */
 static int
-recv_plain(int sock, uint8_t *at, uint32_t want)
+recv_some(int sock, uint8_t *at, uint32_t want, int *ret_fd)
 {
-    int fd = AFORK_NOFD;
-    ssize_t n = afork_fdpass_recv(sock, at, want, &fd);
+    ssize_t n = afork_fdpass_recv(sock, at, want, ret_fd);
 
     if (n == -EAGAIN)
         return 0;
     if (n == 0 || n == -ECONNRESET)
         return -EPIPE; /* a peer that died with our bytes unread */
-    if (n < 0)
-        return (int)n;
-    if (fd != AFORK_NOFD) {
+    return (int)n;
+}
+
+/* Bytes that may carry no descriptor. */
+static int
+recv_plain(int sock, uint8_t *at, uint32_t want)
+{
+    int fd = AFORK_NOFD, n = recv_some(sock, at, want, &fd);
+
+    if (n > 0 && fd != AFORK_NOFD) {
         afork_fd_close(&fd);
         return -EPROTO;
     }
-    return (int)n;
+    return n;
+}
+
+static int
+recv_head(struct afork_reader *r, int sock)
+{
+    while (r->head_got < AFORK_HEAD_SIZE) {
+        uint8_t *at = r->head + r->head_got;
+        uint32_t want = AFORK_HEAD_SIZE - r->head_got;
+        int n = r->head_got ? recv_plain(sock, at, want)
+                            : recv_some(sock, at, want, &r->head_fd);
+
+        if (n <= 0)
+            return n;
+        r->head_got += (uint32_t)n;
+        /* The buffer of the frame before lasts until here. */
+        if (r->payload_cap > CHUNK) {
+            free(r->payload);
+            r->payload = NULL;
+            r->payload_cap = 0;
+        }
+        r->payload_got = 0;
+    }
+    return 1;
 }
 
 static int
 recv_fd(int sock, int *ret_fd)
 {
     uint8_t byte = 0;
-    int fd = AFORK_NOFD;
-    ssize_t n = afork_fdpass_recv(sock, &byte, 1, &fd);
+    int fd = AFORK_NOFD, n = recv_some(sock, &byte, 1, &fd);
 
-    if (n == -EAGAIN)
-        return 0;
-    if (n == 0 || n == -ECONNRESET)
-        return -EPIPE;
-    if (n < 0)
-        return (int)n;
-    if (byte != 0 || fd == AFORK_NOFD) {
+    if (n > 0 && (byte != 0 || fd == AFORK_NOFD)) {
         afork_fd_close(&fd);
         return -EPROTO;
     }
-    *ret_fd = fd;
-    return 1;
+    if (n > 0)
+        *ret_fd = fd;
+    return n;
 }
 
 /* Room for more of a payload of len bytes, as far as it has arrived. */
@@ -107,21 +133,17 @@ grow(struct afork_reader *r, uint32_t len)
 int
 afork_reader_next(struct afork_reader *r, int sock, struct afork_frame *ret_frame)
 {
-    uint32_t len;
+    enum afork_carry carry;
     int fd = AFORK_NOFD, n;
+    uint32_t len;
 
-    while (r->head_got < AFORK_HEAD_SIZE) {
-        n = recv_plain(sock, r->head + r->head_got, AFORK_HEAD_SIZE - r->head_got);
-        if (n <= 0)
-            return n;
-        r->head_got += (uint32_t)n;
-        /* The buffer of the frame before lasts until here. */
-        if (r->payload_cap > CHUNK) {
-            free(r->payload);
-            r->payload = NULL;
-            r->payload_cap = 0;
-        }
-        r->payload_got = 0;
+    n = recv_head(r, sock);
+    if (n <= 0)
+        return n;
+    carry = afork_wire_carry(r->direction, r->head[0]);
+    if ((carry == AFORK_CARRY_FIRST) != (r->head_fd != AFORK_NOFD)) {
+        afork_fd_close(&r->head_fd);
+        return -EPROTO;
     }
     len = afork_wire_head_len(r->head);
     if (len > r->frame_max)
@@ -138,10 +160,13 @@ afork_reader_next(struct afork_reader *r, int sock, struct afork_frame *ret_fram
             return n;
         r->payload_got += (uint32_t)n;
     }
-    if (afork_wire_has_fd(r->direction, r->head[0])) {
+    if (carry == AFORK_CARRY_BEHIND) {
         n = recv_fd(sock, &fd);
         if (n <= 0)
             return n;
+    } else if (carry == AFORK_CARRY_FIRST) {
+        fd = r->head_fd;
+        r->head_fd = AFORK_NOFD;
     }
 
     r->head_got = 0;

@@ -39,7 +39,8 @@ afork_report_started(struct afork_server *s)
     if (fd < 0)
         afork_outq_frame(&s->out, AFORK_REP_STARTED_BARE, &pid, sizeof pid);
     else
-        afork_outq_fd_take(&s->out, AFORK_REP_STARTED, &pid, sizeof pid, fd, 0);
+        afork_outq_fd_take(&s->out, AFORK_CARRY_FIRST, AFORK_REP_STARTED, &pid,
+                           sizeof pid, fd, 0);
 }
 
 void
@@ -127,7 +128,8 @@ afork_report_spawned(struct afork_server *s, uint64_t id, pid_t pid)
     if (fd < 0)
         afork_outq_frame(&s->out, AFORK_REP_SPAWNED_BARE, payload, sizeof payload);
     else
-        afork_outq_fd_take(&s->out, AFORK_REP_SPAWNED, payload, sizeof payload, fd, 0);
+        afork_outq_fd_take(&s->out, AFORK_CARRY_FIRST, AFORK_REP_SPAWNED, payload,
+                           sizeof payload, fd, 0);
 }
 
 int

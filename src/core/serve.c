@@ -234,44 +234,42 @@ answer_failure_take(struct afork_server *s, int sock)
     afork_fd_close(&sock);
 }
 
+/* A new process on sock, which may have been lost on the way. */
 static int
-handle_fork(struct afork_server *s, uint64_t first, uint32_t n)
+fork_for_take(struct afork_server *s, int sock, uint64_t id)
 {
-    int socks[AFORK_FDPASS_MAX];
-
-    if (n == 0 || n > AFORK_FDPASS_MAX || !afork_args_tail_is_handles(&s->args, n))
-        return protocol_error(s, "fork without a socket");
-    for (uint32_t i = n; i-- > 0;)
-        socks[i] = afork_args_pop_fd(&s->args);
-    for (uint32_t i = 0; i < n; i++) {
-        int sock = socks[i];
-
-        if (sock < 0) {
-            afork_report_failed(s, first + i, EMFILE, AFORK_STAGE_FORK);
-        } else if (s->failure.payload) {
-            answer_failure_take(s, sock);
-        } else if (fork_one_take(s, sock, first ? first + i : 0)) {
-            while (++i < n) /* our siblings' sockets are none of ours */
-                afork_fd_close(&socks[i]);
-            return NEXT;
-        }
-    }
+    if (sock < 0)
+        afork_report_failed(s, id, EMFILE, AFORK_STAGE_FORK);
+    else if (s->failure.payload)
+        answer_failure_take(s, sock);
+    else if (fork_one_take(s, sock, id))
+        return NEXT;
     /* Also here: a template that is never idle must not collect zombies. */
     afork_children_reap(&s->children, child_exited, s);
     return NEXT;
 }
 
+/* The original's fork: the socket is the last pending argument. */
 static int
-handle_fork_ids(struct afork_server *s, const struct afork_frame *frame)
+handle_fork(struct afork_server *s)
 {
-    uint64_t first;
-    uint32_t n;
+    if (!afork_args_tail_is_handles(&s->args, 1))
+        return protocol_error(s, "fork without a socket");
+    return fork_for_take(s, afork_args_pop_fd(&s->args), 0);
+}
 
-    if (frame->len != sizeof first + sizeof n)
+static int
+handle_fork_id(struct afork_server *s, struct afork_frame *frame)
+{
+    int sock = frame->fd;
+    uint64_t id;
+
+    if (frame->len != sizeof id) {
+        afork_fd_close(&sock);
         return protocol_error(s, "malformed fork request");
-    memcpy(&first, frame->payload, sizeof first);
-    memcpy(&n, frame->payload + sizeof first, sizeof n);
-    return handle_fork(s, first, n);
+    }
+    memcpy(&id, frame->payload, sizeof id);
+    return fork_for_take(s, sock, id);
 }
 
 static int
@@ -380,10 +378,10 @@ handle_spawn(struct afork_server *s, const struct afork_frame *frame)
 }
 
 static int
-dispatch(struct afork_server *s, const struct afork_frame *frame)
+dispatch(struct afork_server *s, struct afork_frame *frame)
 {
     if (s->failure.payload && frame->letter != AFORK_CMD_HANDLE &&
-        frame->letter != AFORK_CMD_FORK && frame->letter != AFORK_CMD_FORK_IDS)
+        frame->letter != AFORK_CMD_FORK && frame->letter != AFORK_CMD_FORK_ID)
         return NEXT;
     switch (frame->letter) {
     case AFORK_CMD_EVAL:
@@ -393,12 +391,14 @@ dispatch(struct afork_server *s, const struct afork_frame *frame)
     case AFORK_CMD_HANDLE:
         return handle_handle(s, frame);
     case AFORK_CMD_FORK:
-        return handle_fork(s, 0, 1);
+        return handle_fork(s);
     case AFORK_CMD_RUN:
         return handle_run(s, frame);
     }
-    if (s->plain)
+    if (s->plain) {
+        afork_fd_close(&frame->fd);
         return protocol_error(s, "unknown command");
+    }
     switch (frame->letter) {
     case AFORK_CMD_EVAL_TYPED:
     case AFORK_CMD_IMPORT:
@@ -406,8 +406,8 @@ dispatch(struct afork_server *s, const struct afork_frame *frame)
         return handle_command(s, frame);
     case AFORK_CMD_TEXT:
         return handle_strings(s, AFORK_ARG_TEXT, frame);
-    case AFORK_CMD_FORK_IDS:
-        return handle_fork_ids(s, frame);
+    case AFORK_CMD_FORK_ID:
+        return handle_fork_id(s, frame);
     case AFORK_CMD_READY:
         return handle_ready(s, frame);
     case AFORK_CMD_EXEC:

@@ -4,12 +4,17 @@
 #include <errno.h>
 #include <string.h>
 
-int
-afork_wire_has_fd(enum afork_direction direction, uint8_t letter)
+enum afork_carry
+afork_wire_carry(enum afork_direction direction, uint8_t letter)
 {
-    if (direction == AFORK_TO_PROCESS)
-        return letter == AFORK_CMD_HANDLE;
-    return letter == AFORK_REP_STARTED || letter == AFORK_REP_SPAWNED;
+    if (direction == AFORK_TO_PROCESS) {
+        if (letter == AFORK_CMD_HANDLE)
+            return AFORK_CARRY_BEHIND;
+        return letter == AFORK_CMD_FORK_ID ? AFORK_CARRY_FIRST : AFORK_CARRY_NONE;
+    }
+    return letter == AFORK_REP_STARTED || letter == AFORK_REP_SPAWNED
+               ? AFORK_CARRY_FIRST
+               : AFORK_CARRY_NONE;
 }
 
 void

@@ -23,21 +23,21 @@
     X(TEXT, 't', "text arguments, a string list in UTF-8")                    \
     X(IMPORT, 'm', "modules to import, a string list")                        \
     X(SET, 's', "settings, a string list of key, value, key, value ...")      \
-    X(FORK_IDS, 'F', "uint64 first id, uint32 n: fork for n pending sockets") \
+    X(FORK_ID, 'F', "uint64 id; the new socket rides on the first byte")      \
     X(READY, 'y', "uint64 token: answer with done when all before it ran")    \
     X(EXEC, 'x', "become a program")                                          \
     X(SPAWN, 'X', "uint64 id, then as exec: start a program")
 
 /* Reports, process to application; only in afork mode. */
 #define AFORK_REPORTS(X)                                                     \
-    X(STARTED, 'p', "uint32 pid; its pidfd follows on a NUL byte")           \
+    X(STARTED, 'p', "uint32 pid; its pidfd rides on the first byte")         \
     X(STARTED_BARE, 'n', "uint32 pid; no pidfd could be made")               \
     X(ERROR, 'e', "stage, errno, type, message, traceback, filename")        \
     X(RUNNING, 'r', "the function is entered; all later bytes are its own")  \
     X(EXITED, 'x', "uint64 id, uint32 pid, int32 status, 18 int64 of rusage") \
     X(DONE, 'd', "uint64 token")                                             \
     X(FAILED, 'f', "uint64 id, int32 errno, uint8 stage: no such process")   \
-    X(SPAWNED, 's', "uint64 id, uint32 pid; its pidfd follows on a NUL byte") \
+    X(SPAWNED, 's', "uint64 id, uint32 pid; its pidfd rides on the first byte") \
     X(SPAWNED_BARE, 'b', "uint64 id, uint32 pid; no pidfd could be made")
 
 #define AFORK_LETTER(name, letter, text) AFORK_CMD_##name = letter,
@@ -50,8 +50,17 @@ enum afork_report { AFORK_REPORTS(AFORK_LETTER) };
 /* Which end of the conversation a reader listens to. */
 enum afork_direction { AFORK_TO_PROCESS, AFORK_TO_APPLICATION };
 
-/* Whether a NUL byte with a descriptor follows a frame of that letter. */
-int afork_wire_has_fd(enum afork_direction direction, uint8_t letter);
+/*
+ * Where the descriptor of a frame of that letter rides.  The original's way
+ * costs two sends and wakes the receiver twice, so our own frames carry
+ * theirs on the first byte.
+ */
+enum afork_carry {
+    AFORK_CARRY_NONE,
+    AFORK_CARRY_BEHIND, /* on a NUL byte of its own, behind the frame */
+    AFORK_CARRY_FIRST,  /* on the first byte of the frame */
+};
+enum afork_carry afork_wire_carry(enum afork_direction direction, uint8_t letter);
 
 void afork_wire_put_head(uint8_t head[AFORK_HEAD_SIZE], uint8_t letter,
                          uint32_t len);
