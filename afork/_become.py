@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ._process import Process
@@ -66,6 +66,8 @@ class _Become(Coroutine[Any, Any, T], Generic[T]):
         value: BaseException | object = None,
         traceback: TracebackType | None = None,
     ) -> Any:
+        if self._coroutine is None:
+            self._process.kill()  # a task cancelled before its first step
         if value is None and traceback is None:
             return self._start().throw(kind)
         return self._start().throw(kind, value, traceback)
@@ -75,9 +77,9 @@ class _Become(Coroutine[Any, Any, T], Generic[T]):
         if self._coroutine is not None:
             self._coroutine.close()
 
-    def __del__(self) -> None:
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # Whatever was awaited has ended or killed the process by itself.
-        if self._coroutine is None and not sys.is_finalizing():
+        if self._coroutine is None and not finalizing():
             self._process.forget()
 
     def __repr__(self) -> str:

@@ -37,6 +37,9 @@ _STAGES = {
 #: Whether this process was made by afork.
 serving = False
 
+#: Whether the application's main program is being executed here once more.
+loading_main = False
+
 #: Source of evaluated code by the file name that tracebacks show.
 _sources: dict[str, str] = {}
 
@@ -121,7 +124,10 @@ def _resolve(name: str) -> Any:
             try:
                 found = _import(module)
             except ModuleNotFoundError as exc:
-                if exc.name != module or "." not in module:
+                # The missing one may be any of its parents: pkg.mod of
+                # pkg.mod.Class.Inner.
+                missing = f"{module}.".startswith(f"{exc.name}.")
+                if not missing or "." not in module:
                     raise
                 module, _, attribute = module.rpartition(".")
                 path = f"{attribute}.{path}"
@@ -170,6 +176,8 @@ class Handler:
         return None
 
     def failed(self, stage: str, exc: BaseException) -> Failure:
+        if self.plain and isinstance(exc, SystemExit):
+            end(exit_status(exc))  # nobody could be told but by the status
         failure = _failure(stage, exc)
         if self.plain:
             # The protocol of the original has nowhere else to say it.
@@ -250,6 +258,7 @@ class Handler:
 
     def load_main(self, kind: bytes, name: bytes) -> None:
         """Load the application's main program here, as multiprocessing does."""
+        global loading_main
         if self.main_loaded or not name:
             return
         self.main_loaded = True
@@ -258,12 +267,18 @@ class Handler:
         module.__dict__.update(
             {k: v for k, v in old.__dict__.items() if not k.startswith("__")}
         )
-        if kind == b"name":
+        if kind != b"path":
             import importlib.util
 
-            spec = importlib.util.find_spec(name.decode())
+            text = os.fsdecode(name)
+            if kind == b"entry":  # a folder or a zip file
+                from importlib.machinery import PathFinder
+
+                spec = PathFinder.find_spec("__main__", [text])
+            else:
+                spec = importlib.util.find_spec(text)
             if spec is None or spec.loader is None:
-                raise ImportError(f"cannot find the main module {name.decode()!r}")
+                raise ImportError(f"cannot find the main module {text!r}")
             module.__spec__ = spec
             module.__package__ = spec.parent
             module.__file__ = spec.origin
@@ -274,7 +289,11 @@ class Handler:
             with open(path, "rb") as file:
                 code = compile(file.read(), path, "exec", dont_inherit=True)
         sys.modules["__main__"] = sys.modules["__mp_main__"] = module
-        exec(code, module.__dict__)
+        loading_main = True
+        try:
+            exec(code, module.__dict__)
+        finally:
+            loading_main = False
 
     # -- run
 

@@ -88,8 +88,9 @@ class Fork:
 
         Args:
             python: Path of the interpreter instead of ``afork.python``.
-            command: A foreign server and its arguments, to which the number
-                of its socket and our pid are appended. It is spoken to in
+            command: A foreign server, searched in PATH unless it has a slash,
+                and its arguments, to which the number of its socket and our
+                pid are appended. It is spoken to in
                 plain mode: AnyEvent::Fork's protocol and no reports.
 
         Raises:
@@ -101,6 +102,7 @@ class Fork:
             words: list[str | bytes] = [os.fspath(word) for word in command]
             if not words:
                 raise ValueError("command is empty")
+            words[0] = _interpreter.find_program(words[0])
             return cls._wrap(_interpreter.spawn(words, dict(os.environb), plain=True))
         early = early_template()
         if early is not None and python is None:
@@ -575,10 +577,11 @@ class Fork:
             self._process.kill()
             raise
 
-    def __del__(self) -> None:
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         process = getattr(self, "_process", None)
-        # At the end of the interpreter the kernel closes everything anyway.
-        if process is not None and not sys.is_finalizing():
+        # At the end of the interpreter the kernel closes everything anyway, and
+        # the names of this module may have gone.
+        if process is not None and not finalizing():
             process.drop()
 
     def __repr__(self) -> str:

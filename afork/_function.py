@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from . import _child
+
 
 def function_name(
     func: str | Callable[..., object], has_main: bool
@@ -18,6 +20,7 @@ def function_name(
     Raises:
         TypeError: nothing that can be imported: a lambda, a closure, a method.
         ValueError: an empty name.
+        RuntimeError: the main program lacks its guard.
     """
     if isinstance(func, str):
         if not func or "\0" in func:
@@ -47,4 +50,12 @@ def function_name(
         raise TypeError(
             f"{module}.{name} is not {func!r}: the process would run something else"
         )
-    return f"{module}:{name}", module == "__main__" and not has_main
+    # A process that has loaded the main program knows it by the second name.
+    of_main = module in ("__main__", "__mp_main__")
+    if of_main and _child.loading_main:
+        raise RuntimeError(
+            f"{name} is run by code that executes whenever the main program is "
+            'loaded, as it is to find that function: put it under if __name__ == '
+            '"__main__":'
+        )
+    return f"{module}:{name}", of_main and not has_main

@@ -54,6 +54,15 @@ def find_python() -> str:
     )
 
 
+def find_program(name: str | bytes) -> str | bytes:
+    """Path of a program: as it is if it has a slash, else by our PATH."""
+    import shutil
+
+    found = shutil.which(os.fsdecode(name))
+    # What is not found is for execve to refuse, with the name that was given.
+    return name if found is None else found
+
+
 def _flags() -> list[str]:
     """-O, -W, -X and the like, as multiprocessing passes them on."""
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
@@ -214,9 +223,11 @@ def main_module() -> list[bytes]:
     """How a process can load the application's main program: kind and name."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
+    path = getattr(main, "__file__", None)
+    if spec is not None and spec.name == "__main__" and path:
+        return [b"entry", os.fsencode(os.path.dirname(os.path.abspath(path)))]
     if spec is not None and spec.name:
         return [b"name", spec.name.encode()]
-    path = getattr(main, "__file__", None)
     if path:
         return [b"path", os.fsencode(os.path.abspath(path))]
     raise TypeError(

@@ -9,13 +9,15 @@ import atexit
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING, Any
 
 from . import _afork, _child
-from ._process import Process
 
+TYPE_CHECKING = False  # see __init__.py
 if TYPE_CHECKING:
+    from typing import Any
+
     from ._fork import Fork
+    from ._process import Process
 
 
 def fork_main() -> Fork | None:
@@ -77,6 +79,9 @@ def _fork_here(what: str) -> Process | None:
         ours.close()
         _become_template(theirs.detach())
     theirs.close()
+    # Not before: Early's template is to have nothing of asyncio.
+    from ._process import Process
+
     process = Process(_afork.Channel(ours.detach()))
     process.pid = pid
     process.pidfd = os.pidfd_open(pid)

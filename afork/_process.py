@@ -48,46 +48,52 @@ def next_id() -> int:
 class Process:
     """A process: what it has reported, and who waits to hear of it."""
 
-    __slots__ = (
-        "_exit_callbacks",
-        "_expecting",
-        "_listeners",
-        "_losing",
-        "_waiters",
-        "_watching_exit",
-        "broken",
-        "callback",
-        "channel",
-        "children",
-        "claimed",
-        "direct",
-        "done",
-        "dropped",
-        "error",
-        "executed",
-        "exited",
-        "forgotten",
-        "forked",
-        "gone",
-        "handles",
-        "has_main",
-        "id",
-        "moved",
-        "names",
-        "parent",
-        "path",
-        "pid",
-        "pidfd",
-        "plain",
-        "quiet",
-        "released",
-        "running",
-        "signals",
-        "sock",
-        "status",
-        "usage",
-        "was_logged",
-    )
+    # Defaults are the class's: most processes never leave most of them.
+
+    pid: int | None = None
+    pidfd = -1  # owned
+    #: Whether it is our child, and ours to reap.
+    direct = False
+    #: The function is entered.
+    running = False
+    #: It is a program by now.
+    executed = False
+    #: Our end of the socket once run has taken it over; owned until given.
+    sock: socket.socket | None = None
+    error: BaseException | None = None
+    was_logged = False
+    #: Highest token of a ready request that was answered.
+    done = 0
+    #: Nothing can be written any more; what explains it may be readable.
+    broken = False
+    #: Its socket has come to an end.
+    gone = False
+    #: Its end is known, or will not be known any more (status None).
+    exited = False
+    status: int | None = None
+    usage: tuple[int, ...] | None = None
+    #: It has made processes of its own.
+    forked = False
+    #: "run", "exec" or "to_fh" once it was asked to become something.
+    claimed = ""
+    #: Nobody will await what it was asked to become.
+    forgotten = False
+    #: No Fork object refers to it any more.
+    dropped = False
+    #: Its end has been asked for.
+    released = False
+    #: What to call with our end of the socket.
+    callback: Callable[[socket.socket], object] | None = None
+    #: Names for the message of a failed start, by its stage.
+    names: tuple[str, ...] = ()
+    #: It was moved to another template once.
+    moved = False
+    #: Its reports are read when somebody asks, not as they come.
+    quiet = False
+    _listeners = 0
+    _expecting = False
+    _losing = False
+    _watching_exit = False
 
     def __init__(
         self,
@@ -103,54 +109,16 @@ class Process:
         self.parent = parent
         #: Processes whose exit this one will report, by id.
         self.children: dict[int, Process] = {}
-        self.pid: int | None = None
-        self.pidfd = -1  # owned
-        #: Whether it is our child, and ours to reap.
-        self.direct = False
-        self.running = False
-        self.executed = False
-        #: Our end of the socket once run has taken it over; owned until given.
-        self.sock: socket.socket | None = None
-        self.error: BaseException | None = None
-        #: Highest token of a ready request that was answered.
-        self.done = 0
-        #: Nothing can be written any more; what explains it may be readable.
-        self.broken = False
-        #: Its socket has come to an end.
-        self.gone = False
-        #: Its end is known, or will not be known any more (status None).
-        self.exited = False
-        self.status: int | None = None
-        self.usage: tuple[int, ...] | None = None
-        #: It has made processes of its own.
-        self.forked = False
-        #: "run" or "exec" once it was asked to become something.
-        self.claimed = ""
-        #: Nobody will await what it was asked to become.
-        self.forgotten = False
-        #: No Fork object refers to it any more.
-        self.dropped = False
-        #: Its end has been asked for.
-        self.released = False
-        self.callback: Callable[[socket.socket], object] | None = None
+        #: Signals to be sent once it has started.
+        self.signals: list[int] = []
         #: Descriptors among the pending arguments.
         self.handles: int = parent.handles if parent else 0
         #: It was forked from the main program.
         self.has_main: bool = parent.has_main if parent else False
         #: The sys.path that it has been told.
         self.path: list[str] = parent.path if parent else []
-        self.names: tuple[str, ...] = ()
-        self.signals: list[int] = []
-        self.moved = False
-        self.was_logged = False
         self._waiters: list[asyncio.Future[None]] = []
         self._exit_callbacks: list[Callable[[], None]] = []
-        self._losing = False
-        self._watching_exit = False
-        #: Its reports are read when somebody asks, not as they come.
-        self.quiet = False
-        self._listeners = 0
-        self._expecting = False
         if channel is not None:
             hub().watch(channel.fileno(), self._on_event)
 
@@ -335,6 +303,8 @@ class Process:
         self._on_end()
 
     def _on_started(self, pid: int, fd: int) -> None:
+        if self.pid is None:  # what we know of our own child is not for it to say
+            self.pid = pid
         if fd >= 0:
             check_pidfd(fd)
         if self.pidfd >= 0 or self.exited:
@@ -343,18 +313,34 @@ class Process:
         elif fd >= 0:
             self.pidfd = fd
         else:
-            # No descriptor could be made or received. The process waits for
-            # its template to reap it, so its number is still its own.
             try:
-                self.pidfd = os.pidfd_open(pid)
+                self._open_pidfd()
             except OSError:
-                pass
-        if self.pid is None:  # what we know of our own child is not for it to say
-            self.pid = pid
+                pass  # perhaps when it is needed
         for number in self.signals:
             self.deliver(number)
         self.signals.clear()
         self._drop_pidfd()
+
+    def _open_pidfd(self) -> None:
+        """Make what could not be made or received when it started.
+
+        Its number is still its own if our template is the parent of whoever
+        has it, and has not reported the end of this one.
+        """
+        if self.pid is None or self.parent is None or self.parent.gone:
+            return
+        fd = os.pidfd_open(self.pid)
+        try:
+            with open(f"/proc/{self.pid}/stat") as file:
+                parent = int(file.read().rpartition(")")[2].split()[1])
+            if parent == self.parent.pid:
+                self.parent.poll()
+                if not self.exited and self.pidfd < 0:
+                    self.pidfd, fd = fd, -1
+        finally:
+            if fd >= 0:
+                os.close(fd)
 
     def _on_running(self) -> None:
         assert self.channel is not None
@@ -597,10 +583,14 @@ class Process:
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
         if number == signal.SIGKILL:
             self.was_logged = True  # its end is no news
+        if self.pidfd < 0:
+            self._open_pidfd()
         if self.pidfd >= 0:
             self.deliver(number)
-        else:
+        elif self.pid is None:
             self.signals.append(number)
+        else:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
 
     def deliver(self, number: int) -> None:
         try:
@@ -615,8 +605,8 @@ class Process:
         self.callback = None
         try:
             self.send_signal(signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        except OSError:
+            pass  # it has ended, or there is no descriptor to reach it by
         if self.sock is not None:
             self.sock.close()
             self.sock = None
