@@ -26,6 +26,7 @@ FD_MAX = 1 << 30
 # struct afork_exec_head and struct afork_exec_fd of src/core/execreq.h
 _HEAD = struct.Struct("=7i")
 _FD = struct.Struct("=2i")
+_NULL = -(2**31)  # AFORK_EXEC_NULL
 
 
 class Request:
@@ -36,7 +37,7 @@ class Request:
         program: PathLike,
         args: tuple[PathLike, ...],
         *,
-        env: Mapping[str, str] | Mapping[bytes, bytes] | None = None,
+        env: Mapping[str, str] | list[bytes] | None = None,
         cwd: PathLike | None = None,
         argv0: PathLike | None = None,
         umask: int = -1,
@@ -46,7 +47,8 @@ class Request:
         self.program = _text(program, "program")
         first = self.program if argv0 is None else _text(argv0, "program")
         self.argv = [first, *(_text(arg, "argument") for arg in args)]
-        self.env = None if env is None else list(_environment(env))
+        #: NAME=VALUE, or None for the environment of the process.
+        self.env = env if env is None or isinstance(env, list) else [*_strings(env)]
         path = os.environb.get(b"PATH") if env is None else _path_of(self.env or [])
         self.search = os.fsencode(os.defpath) if path is None else path
         self.cwd = b"" if cwd is None else _text(cwd, "cwd")
@@ -72,6 +74,10 @@ class Request:
         # -1 - n: the process's own descriptor n, execreq.h
         self._fds.append((here[0] if here else -1 - source, to))
 
+    def map_null(self, to: int) -> None:
+        """Give the program /dev/null, opened where it is started."""
+        self._fds.append((_NULL, to))
+
     def use_cwd(self, fd: int) -> None:
         """Work in the directory that fd is open on."""
         self._cwd_handle = self.add_handle(fd)
@@ -89,7 +95,6 @@ class Request:
 
         with contextlib.ExitStack() as stack:
             far: int | None = None
-            null: int | None = None
             targets: dict[int, Stream] = {0: stdin, 1: stdout, 2: stderr}
             for number, handle in fds.items():
                 if not isinstance(number, int):
@@ -112,11 +117,7 @@ class Request:
                         far = self.add_handle(theirs.fileno())
                     self._fds.append((far, to))
                 elif isinstance(stream, int) and stream == DEVNULL:
-                    if null is None:
-                        fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-                        stack.callback(os.close, fd)
-                        null = self.add_handle(fd)
-                    self._fds.append((null, to))
+                    self.map_null(to)
                 elif isinstance(stream, int) and stream == STDOUT:
                     if to != 2:
                         raise ValueError("STDOUT is for stderr only")
@@ -168,7 +169,7 @@ def _text(value: PathLike, what: str) -> bytes:
     return text
 
 
-def _environment(env: Mapping[str, str] | Mapping[bytes, bytes]) -> Iterator[bytes]:
+def _strings(env: Mapping[str, str]) -> Iterator[bytes]:
     for name, value in env.items():
         key, text = os.fsencode(name), os.fsencode(value)
         if not key or b"=" in key or b"\0" in key + text:

@@ -303,10 +303,12 @@ class Process:
         self._on_end()
 
     def _on_started(self, pid: int, fd: int) -> None:
-        if self.pid is None:  # what we know of our own child is not for it to say
-            self.pid = pid
+        if not 0 < pid <= 1 << 22:  # PID_MAX_LIMIT
+            raise ValueError(f"{pid} is no process id")
         if fd >= 0:
             check_pidfd(fd)
+        if self.pid is None:  # what we know of our own child is not for it to say
+            self.pid = pid
         if self.pidfd >= 0 or self.exited:
             if fd >= 0:
                 os.close(fd)
@@ -493,6 +495,9 @@ class Process:
     def raise_error(self) -> None:
         if self.error is not None:
             self.told()
+            if self.sock is not None:  # for the streams of a failed exec
+                self.sock.close()
+                self.sock = None
             # A copy: with the traceback that raising gives it, the original
             # would keep the caller's frame, and so its Fork, for ever.
             error = copy.copy(self.error)
@@ -565,9 +570,10 @@ class Process:
 
     def _drop_pidfd(self) -> None:
         """Close it once nobody can ask for a signal or a status any more."""
+        useless = self.running or self.executed or self.released or self.gone
         if (
             self.dropped
-            and (self.running or self.executed or self.claimed == "to_fh")
+            and (useless or self.claimed == "to_fh")
             and not self.direct
             and not self._watching_exit
             and self.pidfd >= 0
@@ -626,11 +632,10 @@ class Process:
         """The Fork object has gone."""
         self.dropped = True
         hub().attach_any()  # somebody has to read until the end
-        if self.claimed:
-            self._drop_pidfd()
-        else:
+        if not self.claimed:
             self.log_error()
             self.release()
+        self._drop_pidfd()
 
     def release(self) -> None:
         """End it as soon as everything queued has been sent."""

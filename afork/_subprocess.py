@@ -102,7 +102,7 @@ async def create_subprocess_exec(
     request = Request(
         program,
         args,
-        env=os.environb if env is None else env,
+        env=_afork.get_environ() if env is None else env,
         cwd=cwd,
         argv0=argv0,
         umask=_afork.get_umask() if umask < 0 else umask,
@@ -122,9 +122,12 @@ async def create_subprocess_exec(
             os.fstat(fd)
             request.map_handle(fd, fd)
         if cwd is None:
-            here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            theirs.callback(os.close, here)
-            request.use_cwd(here)
+            try:
+                request.cwd = os.getcwdb()
+            except FileNotFoundError:  # it was removed, but can be worked in
+                here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                theirs.callback(os.close, here)
+                request.use_cwd(here)
         process = _start(request)
         theirs.close()
         try:
@@ -207,9 +210,7 @@ def _add_stream(
             request.map_handle(to, to)
             return
     if stream == subprocess.DEVNULL:
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        theirs.callback(os.close, null)
-        request.map_handle(null, to)
+        request.map_null(to)
     elif stream == subprocess.STDOUT:
         raise ValueError("STDOUT can only be used for stderr")
     else:

@@ -51,6 +51,7 @@ void binding_end_plainly(PyObject *count_exit_handlers, PyObject *threading,
 PyObject *binding_spawn(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *binding_exit_status(PyObject *module, PyObject *pidfd);
 PyObject *binding_set_title(PyObject *module, PyObject *title);
+PyObject *binding_get_environ(PyObject *module, PyObject *unused);
 PyObject *binding_get_umask(PyObject *module, PyObject *unused);
 
 #endif

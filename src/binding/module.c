@@ -125,6 +125,7 @@ static PyMethodDef functions[] = {
      METH_VARARGS | METH_KEYWORDS, NULL},
     {"exit_status", binding_exit_status, METH_O, NULL},
     {"set_title", binding_set_title, METH_O, NULL},
+    {"get_environ", binding_get_environ, METH_NOARGS, NULL},
     {"get_umask", binding_get_umask, METH_NOARGS, NULL},
     {"pack_strings", pack_strings, METH_O, NULL},
     {"unpack_strings", unpack_strings, METH_O, NULL},

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -170,13 +171,33 @@ binding_set_title(PyObject *module, PyObject *title)
     Py_RETURN_NONE;
 }
 
+/* The environment as programs would inherit it, a list of NAME=VALUE. */
+PyObject *
+binding_get_environ(PyObject *module, PyObject *unused)
+{
+    PyObject *list = PyList_New(0);
+
+    (void)module;
+    (void)unused;
+    for (char **at = environ; list && at && *at; at++) {
+        PyObject *item = PyBytes_FromString(*at);
+
+        if (!item || PyList_Append(list, item) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(item);
+    }
+    return list;
+}
+
 /*
  * umask(2) can only be read by changing it, which another thread's new file
- * would notice.  Linux 4.7 and newer tell it in procfs.
+ * would notice.  Linux 4.7 and newer tell it in procfs, which is slow, so
+ * that is for processes that have other threads.
  */
 PyObject *
 binding_get_umask(PyObject *module, PyObject *unused)
 {
+    struct stat task;
     char line[256];
     unsigned int mask = 0;
     int found = 0;
@@ -184,6 +205,12 @@ binding_get_umask(PyObject *module, PyObject *unused)
 
     (void)module;
     (void)unused;
+    /* A directory has as many links as subdirectories, and two of its own. */
+    if (stat("/proc/self/task", &task) == 0 && task.st_nlink == 3) {
+        mask = umask(0777);
+        umask((mode_t)mask);
+        return PyLong_FromUnsignedLong(mask);
+    }
     file = fopen("/proc/self/status", "re");
     if (!file)
         return binding_oserror(-errno);

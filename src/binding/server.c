@@ -151,14 +151,16 @@ op_environ(void *self)
 
 /* fork(2) with CPython's hooks around it.  Needs the GIL; -errno. */
 static pid_t
-fork_python(void)
+fork_python(struct afork_server *server)
 {
+    pid_t parent = getpid(), pid;
     int saved;
-    pid_t pid;
 
     PyOS_BeforeFork();
     pid = fork();
     saved = errno;
+    if (pid == 0 && server)
+        afork_server_forked(server, parent); /* the hooks are foreign code */
     if (pid == 0)
         PyOS_AfterFork_Child();
     else
@@ -189,7 +191,7 @@ op_fork(void *self)
     if (p->dirty)
         call_or_complain(p->handler, "before_fork", &p->clear_atexit);
     p->dirty = 0;
-    pid = fork_python();
+    pid = fork_python(&p->server);
     if (pid == 0 && p->clear_atexit) {
         call_or_complain(p->handler, "clear_atexit", NULL);
         p->clear_atexit = 0;
@@ -327,7 +329,7 @@ binding_fork(PyObject *module, PyObject *unused)
 
     (void)module;
     (void)unused;
-    pid = fork_python();
+    pid = fork_python(NULL);
     if (pid == 0) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         if (getppid() != parent)

@@ -57,7 +57,10 @@ next_fds(struct afork_strs *list, const struct afork_exec_head *head,
         if (fd.to < 0 || fd.from >= head->handles)
             return -EPROTO;
         q->fds[i].to = fd.to;
-        q->fds[i].from = fd.from < 0 ? -1 - fd.from : handles[fd.from].fd;
+        if (fd.from == AFORK_EXEC_NULL)
+            q->fds[i].from = AFORK_NULLFD;
+        else
+            q->fds[i].from = fd.from < 0 ? -1 - fd.from : handles[fd.from].fd;
     }
     q->exec.fds = q->fds;
     if (head->cwd >= 0)

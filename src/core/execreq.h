@@ -19,7 +19,8 @@ struct afork_exec_head {
 
 /* Second string: an array of these. */
 struct afork_exec_fd {
-    int32_t from; /* index of a consumed handle, or -1 - own descriptor */
+    int32_t from; /* index of a consumed handle, -1 - own descriptor, or: */
+#define AFORK_EXEC_NULL INT32_MIN /* /dev/null */
     int32_t to;
 };
 

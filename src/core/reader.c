@@ -71,17 +71,27 @@ recv_plain(int sock, uint8_t *at, uint32_t want)
     return n;
 }
 
+/*
+ * The descriptor of a header rides on its first byte; but the kernel joins
+ * bytes sent before a descriptor with its own, so on which of the five it was
+ * depends on when they are read.  Any is accepted, and one only.
+ */
 static int
 recv_head(struct afork_reader *r, int sock)
 {
     while (r->head_got < AFORK_HEAD_SIZE) {
-        uint8_t *at = r->head + r->head_got;
-        uint32_t want = AFORK_HEAD_SIZE - r->head_got;
-        int n = r->head_got ? recv_plain(sock, at, want)
-                            : recv_some(sock, at, want, &r->head_fd);
+        int fd = AFORK_NOFD;
+        int n = recv_some(sock, r->head + r->head_got,
+                          AFORK_HEAD_SIZE - r->head_got, &fd);
 
         if (n <= 0)
             return n;
+        if (fd != AFORK_NOFD && r->head_fd != AFORK_NOFD) {
+            afork_fd_close(&fd);
+            return -EPROTO;
+        }
+        if (fd != AFORK_NOFD)
+            r->head_fd = fd;
         r->head_got += (uint32_t)n;
         /* The buffer of the frame before lasts until here. */
         if (r->payload_cap > CHUNK) {

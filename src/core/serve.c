@@ -165,22 +165,28 @@ handle_handle(struct afork_server *s, const struct afork_frame *frame)
     return r < 0 ? r : NEXT;
 }
 
+void
+afork_server_forked(struct afork_server *s, pid_t parent)
+{
+    afork_fd_close(&s->sock); /* a second holder would hide our parent's death */
+    if (s->plain || s->detached)
+        return;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent)
+        _exit(1); /* it died before we could ask to be told */
+}
+
 /* Turns the forked process into a server of its own on sock. */
 static void
 become_child(struct afork_server *s, int sock, pid_t parent)
 {
-    afork_fd_close(&s->sock); /* a second holder would hide our parent's death */
+    afork_server_forked(s, parent);
     afork_outq_reset(&s->out); /* its reports are not ours to send */
     afork_reader_reset(&s->in);
     s->children.n = 0;
     s->sock = sock;
     s->started = 0;
     s->mute = 0;
-    if (s->plain || s->detached)
-        return;
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (getppid() != parent)
-        _exit(1); /* it died before we could ask to be told */
 }
 
 /* One fork on behalf of the new socket; in the child 1. */

@@ -36,7 +36,8 @@ struct afork_ops {
     /* Finds the function, so that the caller of the loop can enter it. */
     int (*find)(void *self, const uint8_t *name, size_t len,
                 struct afork_failure *ret_failure);
-    /* fork(2) with all that the language needs around it; -errno. */
+    /* fork(2) with all that the language needs around it; -errno.  Calls
+     * afork_server_forked before anything that is not the core's own. */
     pid_t (*fork)(void *self);
     /* Something interrupted the wait: handlers of the language may be due. */
     void (*interrupted)(void *self);
@@ -70,6 +71,10 @@ enum afork_outcome {
 void afork_server_init_take(struct afork_server *s, int sock, int plain,
                             const struct afork_ops *ops, void *self);
 void afork_server_free(struct afork_server *s);
+
+/* First thing in a forked process, whose parent is the one given.  Once more
+ * does no harm. */
+void afork_server_forked(struct afork_server *s, pid_t parent);
 
 /*
  * Serves until the process has nothing more to do as a server: an outcome, or

@@ -75,9 +75,14 @@ map_fds(const struct afork_exec *x, int *status)
             top = x->fds[i].to;
     }
     for (size_t i = 0; i < x->nfds; i++) {
-        moved[i] = fcntl(x->fds[i].from, F_DUPFD_CLOEXEC, top + 1);
+        int from = x->fds[i].from, null = AFORK_NOFD;
+
+        if (from == AFORK_NULLFD)
+            from = null = open("/dev/null", O_RDWR | O_CLOEXEC);
+        moved[i] = from < 0 ? -1 : fcntl(from, F_DUPFD_CLOEXEC, top + 1);
         if (moved[i] < 0)
             return -errno;
+        afork_fd_close(&null);
     }
     if (*status >= 0 && *status <= top) {
         int r = fcntl(*status, F_DUPFD_CLOEXEC, top + 1);

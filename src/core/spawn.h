@@ -12,8 +12,11 @@
 
 #include "base.h"
 
+/* As a source of a map: /dev/null, opened in the program's process. */
+#define AFORK_NULLFD (-3)
+
 struct afork_fdmap {
-    int from; /* borrowed */
+    int from; /* borrowed, or AFORK_NULLFD */
     int to;
 };
 
