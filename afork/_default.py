@@ -142,6 +142,8 @@ def shutdown(seconds: float = 1.0) -> None:
                 template.kill()
                 end += seconds
             hub().wait(end - time.monotonic())
+    if _hub._hub is not None:
+        _hub._hub.hurry()
     while _hub._hub is not None and _hub._hub.callbacks and time.monotonic() < end:
         _hub._hub.wait(end - time.monotonic())
     if _hub._hub is not None:

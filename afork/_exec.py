@@ -49,7 +49,7 @@ class Request:
         self.argv = [first, *(_text(arg, "argument") for arg in args)]
         #: NAME=VALUE, or None for the environment of the process.
         self.env = env if env is None or isinstance(env, list) else [*_strings(env)]
-        path = os.environb.get(b"PATH") if env is None else _path_of(self.env or [])
+        path = _path_of(self.env or [])
         self.search = os.fsencode(os.defpath) if path is None else path
         self.cwd = b"" if cwd is None else _text(cwd, "cwd")
         self.umask = umask

@@ -12,6 +12,7 @@ import asyncio
 import os
 import select
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import TypeAlias
@@ -35,6 +36,8 @@ class Hub:
         self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
         #: The one attached last: a set of weak references is slow to ask.
         self._last: Callable[[], asyncio.AbstractEventLoop | None] = lambda: None
+        #: What is due at a time, whichever loop runs by then.
+        self._late: dict[object, tuple[float, Callable[[], None]]] = {}
 
     def attach(self) -> asyncio.AbstractEventLoop:
         """Make the running loop drain this hub; RuntimeError without one."""
@@ -43,6 +46,9 @@ class Hub:
             if loop not in self._loops:
                 loop.add_reader(self._epoll.fileno(), self.drain)
                 self._loops.add(loop)
+                # The loop that was to do these may have been closed.
+                for key, (due, _) in list(self._late.items()):
+                    loop.call_later(due - time.monotonic(), self._do_late, key)
             self._last = weakref.ref(loop)
         return loop
 
@@ -86,11 +92,19 @@ class Hub:
         except RuntimeError:
             callback()
         else:
-            loop.call_later(seconds, self._locked, callback)
+            key = object()
+            self._late[key] = time.monotonic() + seconds, callback
+            loop.call_later(seconds, self._do_late, key)
 
-    def _locked(self, callback: Callable[[], None]) -> None:
+    def _do_late(self, key: object) -> None:
         with self.lock:
-            callback()
+            if key in self._late:
+                self._late.pop(key)[1]()
+
+    def hurry(self) -> None:
+        """Do now what was to be done later."""
+        for key in list(self._late):
+            self._do_late(key)
 
     @property
     def callbacks(self) -> list[Callback]:
@@ -134,14 +148,17 @@ def _complete(future: asyncio.Future[None]) -> None:
 
 
 _hub: Hub | None = None
+_making = threading.Lock()
 
 
 def hub() -> Hub:
     """The hub of this process, made on first use."""
     global _hub
     if _hub is None:
-        _hub = Hub()
-        _watch_forks()
+        with _making:
+            if _hub is None:
+                _watch_forks()
+                _hub = Hub()
     return _hub
 
 
@@ -160,7 +177,8 @@ def _watch_forks() -> None:
 
 def _forked() -> None:
     """In a child of the application: every descriptor has one owner, not us."""
-    global _hub
+    global _hub, _making
+    _making = threading.Lock()  # another thread may have held it
     if _hub is not None:
         old, _hub = _hub, None
         callbacks = old.callbacks

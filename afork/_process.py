@@ -127,18 +127,26 @@ class Process:
     async def until(self, happened: Callable[[], bool]) -> None:
         """Wait until a report has made the predicate true."""
         loop = hub().attach()
-        self._listen(1)
+        # Another thread's loop may read the report between any two steps.
+        lock = hub().lock
+        with lock:
+            self._listen(1)
         try:
-            while not happened():
-                future = loop.create_future()
-                self._waiters.append(future)
+            while True:
+                with lock:
+                    if happened():
+                        return
+                    future = loop.create_future()
+                    self._waiters.append(future)
                 try:
                     await future
                 finally:
-                    if future in self._waiters:
-                        self._waiters.remove(future)
+                    with lock:
+                        if future in self._waiters:
+                            self._waiters.remove(future)
         finally:
-            self._listen(-1)
+            with lock:
+                self._listen(-1)
 
     def _wake(self) -> None:
         if self._waiters:
@@ -199,23 +207,27 @@ class Process:
 
         Without a running loop there is nobody to send the rest, so this waits.
         """
-        channel = self.channel
-        if channel is None or self.gone:
-            return
-        try:
-            if channel.flush():
-                self._flushed()
-                return
-            if hub().attach_any():
-                self._set_events()
-            else:
-                while not channel.flush():
-                    select_writable(channel.fileno())
-                self._flushed()
-        except OSError as exc:
-            if exc.errno not in (errno.EPIPE, errno.ECONNRESET):
-                raise
-            self.broken = True
+        while (fd := self._flush_some()) >= 0:
+            select_writable(fd)
+
+    def _flush_some(self) -> int:
+        """Send what goes now; the descriptor to wait for, or -1."""
+        with hub().lock:
+            channel = self.channel
+            if channel is None or self.gone:
+                return -1
+            try:
+                if channel.flush():
+                    self._flushed()
+                elif hub().attach_any():
+                    self._set_events()
+                else:
+                    return channel.fileno()
+            except OSError as exc:
+                if exc.errno not in (errno.EPIPE, errno.ECONNRESET):
+                    raise
+                self.broken = True
+            return -1
 
     def _flushed(self) -> None:
         # What has failed and was to become something is of no use any more.
@@ -286,6 +298,7 @@ class Process:
                 if child is not None:
                     child._on_started(pid, fd)
                     child.executed = True
+                    child._deliver_queued()
                     child._wake()
                 elif fd >= 0:
                     os.close(fd)
@@ -319,9 +332,7 @@ class Process:
                 self._open_pidfd()
             except OSError:
                 pass  # perhaps when it is needed
-        for number in self.signals:
-            self.deliver(number)
-        self.signals.clear()
+        self._deliver_queued()
         self._drop_pidfd()
 
     def _open_pidfd(self) -> None:
@@ -360,6 +371,7 @@ class Process:
                 callback, self.callback = self.callback, None
                 sock, self.sock = self.sock, None
                 call_user(callback, sock)
+        self._deliver_queued()
         self._drop_pidfd()
         if self.parent is not None and self.parent.gone and not self.exited:
             self._learn_end()
@@ -369,9 +381,13 @@ class Process:
         if child is None:
             return
         name = child.names[stage] if stage < len(child.names) else ""
+        error: BaseException
         error = OSError(number, os.strerror(number), *([name] if name else []))
         what = _STAGES[stage] if stage < len(_STAGES) else ""
         error.add_note(f"afork: {what or 'start'} failed in the template")
+        if number == errno.ECANCELED and self.error is not None:
+            error = TemplateError("the template has failed before", self.pid)
+            error.__cause__ = self.error
         child.exited = True
         child.fail(error)
         child._close()
@@ -389,6 +405,7 @@ class Process:
         self._close()
         if self.claimed == "exec" and self.pid is not None and self.error is None:
             self.executed = True
+            self._deliver_queued()
         elif self.error is None and not self.released:
             self._lose()
         if self.direct:
@@ -532,9 +549,10 @@ class Process:
 
     def watch_exit(self) -> None:
         """Learn of the end from the pidfd, should no report come."""
-        self.expect_exit()
-        if not self.exited:
-            self._watch_exit()
+        with hub().lock:
+            self.expect_exit()
+            if not self.exited:
+                self._watch_exit()
 
     def _watch_exit(self) -> None:
         if self._watching_exit or self.pidfd < 0:
@@ -585,18 +603,29 @@ class Process:
 
     def send_signal(self, number: int) -> None:
         """Now, or as soon as the process has reported its start."""
-        if self.exited or (self.gone and self.pidfd < 0):
-            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
-        if number == signal.SIGKILL:
-            self.was_logged = True  # its end is no news
-        if self.pidfd < 0:
-            self._open_pidfd()
-        if self.pidfd >= 0:
-            self.deliver(number)
-        elif self.pid is None:
-            self.signals.append(number)
-        else:
-            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        with hub().lock:
+            if self.exited or (self.gone and self.pidfd < 0):
+                raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+            if number == signal.SIGKILL:
+                self.was_logged = True  # its end is no news
+            if self.pidfd < 0:
+                self._open_pidfd()
+            # Until it has become what it was asked to, it swallows signals.
+            becoming = self.claimed and not (self.running or self.executed)
+            if self.pid is None or (becoming and number != signal.SIGKILL):
+                self.signals.append(number)
+            elif self.pidfd >= 0:
+                self.deliver(number)
+            else:
+                raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+
+    def _deliver_queued(self) -> None:
+        signals, self.signals = self.signals, []
+        for number in signals:
+            try:
+                self.send_signal(number)
+            except ProcessLookupError:
+                pass  # it has just ended; its status tells
 
     def deliver(self, number: int) -> None:
         try:
@@ -621,11 +650,12 @@ class Process:
 
     def forget(self) -> None:
         """Nobody will await run or exec: configure and forget."""
-        self.forgotten = True
         hub().attach_any()  # somebody has to read until it runs
-        if self.sock is not None:
-            self.sock.close()
-            self.sock = None
+        with hub().lock:
+            self.forgotten = True
+            if self.sock is not None:
+                self.sock.close()
+                self.sock = None
         self.log_error()
 
     def drop(self) -> None:
@@ -635,7 +665,8 @@ class Process:
         if not self.claimed:
             self.log_error()
             self.release()
-        self._drop_pidfd()
+        with hub().lock:
+            self._drop_pidfd()
 
     def release(self) -> None:
         """End it as soon as everything queued has been sent."""
@@ -705,9 +736,10 @@ def _queue_fork(parent: Process) -> Process:
     if channel is None:
         channel = _afork.Channel(dead_end(), parent.plain)
     id = next_id()
-    child = Process(channel.fork(id), id=id, parent=parent, plain=parent.plain)
-    parent.children[id] = child
-    parent.forked = True
+    with hub().lock:
+        child = Process(channel.fork(id), id=id, parent=parent, plain=parent.plain)
+        parent.children[id] = child
+        parent.forked = True
     return child
 
 
@@ -719,6 +751,8 @@ def error_from(payload: bytes) -> BaseException:
     """The exception that an error report stands for."""
     fields = [x.decode("utf-8", "replace") for x in _afork.unpack_strings(payload)]
     stage, number, type, message, traceback, filename = fields
+    if type == "ProtocolError":
+        return ProtocolError(message)
     if int(number):
         error = OSError(int(number), message, *([filename] if filename else []))
         error.add_note(f"afork: {stage} failed in the process")

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import subprocess
+import sys
 from asyncio import base_subprocess
 from asyncio.subprocess import Process as AsyncioProcess
 from asyncio.subprocess import SubprocessStreamProtocol
@@ -229,7 +230,7 @@ def _start(request: Request) -> Process:
         names = os.fsdecode(request.cwd), os.fsdecode(request.program)
         process.names = ("", "", "", *names)  # by stage of failure
         request.queue(
-            template.channel, _afork.CMD_SPAWN, process.id.to_bytes(8, "little")
+            template.channel, _afork.CMD_SPAWN, process.id.to_bytes(8, sys.byteorder)
         )
         template.children[process.id] = process
         process.expect_exit()

@@ -68,6 +68,16 @@ next_fds(struct afork_strs *list, const struct afork_exec_head *head,
     return 0;
 }
 
+/* What an environment says of where to search; the shell's default if nothing. */
+static const char *
+path_of(char *const *envp)
+{
+    for (; envp && *envp; envp++)
+        if (strncmp(*envp, "PATH=", 5) == 0)
+            return *envp + 5;
+    return "/bin:/usr/bin";
+}
+
 static int
 decode(struct afork_execreq *q, struct afork_strs list,
        const struct afork_args *args, char *const *environ_)
@@ -111,7 +121,7 @@ decode(struct afork_execreq *q, struct afork_strs list,
         return -EPROTO;
 
     q->exec.program = program;
-    q->exec.search = search;
+    q->exec.search = head.envc < 0 ? path_of(environ_) : search;
     q->exec.argv = q->pointers;
     q->exec.envp = head.envc < 0 ? environ_ : q->pointers + argc + 1;
     q->exec.cwd = *cwd ? cwd : NULL;

@@ -24,7 +24,8 @@ struct afork_exec_fd {
     int32_t to;
 };
 
-/* Then: program, search path, directory ("" for none), argv, environment. */
+/* Then: program, search path (of an environment that is sent along; else the
+ * process's own counts), directory ("" for none), argv, environment. */
 
 struct afork_execreq {
     struct afork_exec exec; /* points into the fields below */

@@ -76,6 +76,7 @@ afork_report_exited(struct afork_server *s, const struct afork_child *child,
 
     if (silent(s))
         return;
+    afork_report_started(s); /* the first report, whatever comes first */
     if (usage) {
         const int64_t fields[18] = {
             usage->ru_utime.tv_sec, usage->ru_utime.tv_usec,
@@ -107,6 +108,7 @@ afork_report_failed(struct afork_server *s, uint64_t id, int error,
 
     if (silent(s))
         return;
+    afork_report_started(s);
     memcpy(payload, &id, 8);
     memcpy(payload + 8, &code, 4);
     payload[12] = (uint8_t)stage;

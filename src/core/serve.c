@@ -259,9 +259,12 @@ fork_for_take(struct afork_server *s, int sock, uint64_t id)
 static int
 handle_fork(struct afork_server *s)
 {
+    int sock;
+
     if (!afork_args_tail_is_handles(&s->args, 1))
         return protocol_error(s, "fork without a socket");
-    return fork_for_take(s, afork_args_pop_fd(&s->args), 0);
+    sock = afork_args_pop_fd(&s->args);
+    return sock < 0 ? NEXT : fork_for_take(s, sock, 0); /* lost: no id to report */
 }
 
 static int
@@ -300,6 +303,8 @@ handle_run(struct afork_server *s, const struct afork_frame *frame)
     afork_report_started(s);
     if (s->ops->find(s->self, frame->payload, frame->len, &s->failure) < 0)
         return callback_failed(s);
+    /* Who reads the report may send a signal at once, to the function. */
+    afork_signals_leave(&s->signals);
     afork_report_running(s);
     flush_all(s);
     return AFORK_ENTER;
@@ -383,9 +388,25 @@ handle_spawn(struct afork_server *s, const struct afork_frame *frame)
     return NEXT;
 }
 
+/* After an error nothing is executed; the error itself has been reported. */
+static int
+refuse_spawn(struct afork_server *s, const struct afork_frame *frame)
+{
+    uint64_t id;
+
+    if (frame->len < sizeof id)
+        return protocol_error(s, "malformed spawn request");
+    memcpy(&id, frame->payload, sizeof id);
+    afork_args_drop(&s->args, s->args.n); /* the descriptors that came with it */
+    afork_report_failed(s, id, ECANCELED, AFORK_STAGE_NONE);
+    return NEXT;
+}
+
 static int
 dispatch(struct afork_server *s, struct afork_frame *frame)
 {
+    if (s->failure.payload && frame->letter == AFORK_CMD_SPAWN)
+        return refuse_spawn(s, frame);
     if (s->failure.payload && frame->letter != AFORK_CMD_HANDLE &&
         frame->letter != AFORK_CMD_FORK && frame->letter != AFORK_CMD_FORK_ID)
         return NEXT;

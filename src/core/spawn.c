@@ -77,9 +77,12 @@ map_fds(const struct afork_exec *x, int *status)
     for (size_t i = 0; i < x->nfds; i++) {
         int from = x->fds[i].from, null = AFORK_NOFD;
 
-        if (from == AFORK_NULLFD)
+        if (from == AFORK_NULLFD) {
             from = null = open("/dev/null", O_RDWR | O_CLOEXEC);
-        moved[i] = from < 0 ? -1 : fcntl(from, F_DUPFD_CLOEXEC, top + 1);
+            if (null < 0)
+                return -errno;
+        }
+        moved[i] = fcntl(from, F_DUPFD_CLOEXEC, top + 1);
         if (moved[i] < 0)
             return -errno;
         afork_fd_close(&null);
