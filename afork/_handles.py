@@ -104,6 +104,18 @@ def descriptor_of(handle: HandleLike) -> int:
     return fd
 
 
+def is_stream(fd: int) -> bool:
+    """Whether a standard stream is open, and not another file by its number.
+
+    Where one was closed, the next file to be opened gets the number; Python
+    makes all but the streams that a program starts with close-on-exec.
+    """
+    try:
+        return os.get_inheritable(fd)
+    except OSError:
+        return False
+
+
 def arrived(fd: int) -> object:
     """The object for a received descriptor, which it owns from now on."""
     import stat

@@ -16,6 +16,7 @@ import sys
 import afork
 
 from . import _afork
+from ._handles import is_stream
 from ._process import Process
 from ._version import __version__
 
@@ -133,14 +134,12 @@ class _stdio:
         self.null = -1
         fds = []
         for number in (0, 1, 2):
-            try:
-                os.fstat(number)
-            except OSError:
-                if self.null < 0:
-                    self.null = os.open(os.devnull, os.O_RDWR)
-                fds.append((self.null, number))
-            else:
+            if is_stream(number):
                 fds.append((number, number))
+                continue
+            if self.null < 0:
+                self.null = os.open(os.devnull, os.O_RDWR)
+            fds.append((self.null, number))
         return fds
 
     def __exit__(self, *exc_info: object) -> None:

@@ -22,7 +22,7 @@ from . import _afork
 from ._default import default_template
 from ._errors import TemplateError
 from ._exec import PathLike, Request
-from ._handles import descriptor_of
+from ._handles import descriptor_of, is_stream
 from ._hub import hub
 from ._process import Process, logger, next_id
 
@@ -122,9 +122,9 @@ async def create_subprocess_exec(
         for fd in pass_fds:
             os.fstat(fd)
             request.map_handle(fd, fd)
-        if cwd is None:
+        if not request.cwd.startswith(b"/"):  # ours, or relative to ours
             try:
-                request.cwd = os.getcwdb()
+                request.cwd = os.path.join(os.getcwdb(), request.cwd)
             except FileNotFoundError:  # it was removed, but can be worked in
                 here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
                 theirs.callback(os.close, here)
@@ -203,13 +203,10 @@ def _add_stream(
         request.map_handle(its, to)
         return
     if stream is None:
-        try:
-            os.fstat(to)
-        except OSError:
-            stream = subprocess.DEVNULL  # closed here: nothing else may be there
-        else:
+        if is_stream(to):
             request.map_handle(to, to)
             return
+        stream = subprocess.DEVNULL  # closed here: nothing else may be there
     if stream == subprocess.DEVNULL:
         request.map_null(to)
     elif stream == subprocess.STDOUT:

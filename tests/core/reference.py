@@ -1,0 +1,286 @@
+"""The protocol a second time, in plain Python: what the C core is compared with.
+
+Also `Peer`, the application's end of a socket, for driving a server.
+"""
+
+import array
+import os
+import socket
+import struct
+from dataclasses import dataclass, field
+
+HEAD = struct.Struct("=BI")
+COMMANDS = {
+    "EVAL": b"e",
+    "ARGS": b"a",
+    "HANDLE": b"h",
+    "FORK": b"f",
+    "RUN": b"r",
+    "EVAL_TYPED": b"E",
+    "TEXT": b"t",
+    "IMPORT": b"m",
+    "SET": b"s",
+    "FORK_ID": b"F",
+    "READY": b"y",
+    "EXEC": b"x",
+    "SPAWN": b"X",
+}
+REPORTS = {
+    "STARTED": b"p",
+    "STARTED_BARE": b"n",
+    "ERROR": b"e",
+    "RUNNING": b"r",
+    "EXITED": b"x",
+    "DONE": b"d",
+    "FAILED": b"f",
+    "SPAWNED": b"s",
+    "SPAWNED_BARE": b"b",
+}
+# Where a descriptor rides: on a byte behind the frame, or on its header.
+TO_PROCESS = {ord("h"): "behind", ord("F"): "first"}
+TO_APPLICATION = {ord("p"): "first", ord("s"): "first"}
+FRAME_MAX = 16 << 20
+
+
+class ProtocolError(Exception):
+    pass
+
+
+def put_ber(n: int) -> bytes:
+    groups = [n & 0x7F]
+    while n := n >> 7:
+        groups.append(n & 0x7F | 0x80)
+    return bytes(reversed(groups))
+
+
+def get_ber(data: bytes) -> tuple[int, int]:
+    """Return a number and how many bytes it took."""
+    n = 0
+    for used, byte in enumerate(data, 1):
+        n = n << 7 | byte & 0x7F
+        if not byte & 0x80:
+            if n >= 1 << 32 or put_ber(n) != data[:used]:
+                break
+            return n, used
+    raise ProtocolError
+
+
+def put_list(strings) -> bytes:
+    return b"".join(put_ber(len(s)) + s for s in strings)
+
+
+def get_list(data: bytes) -> list[bytes]:
+    strings = []
+    while data:
+        length, used = get_ber(data)
+        data = data[used:]
+        if length > len(data):
+            raise ProtocolError
+        strings.append(data[:length])
+        data = data[length:]
+    return strings
+
+
+def frame(letter: bytes, payload: bytes = b"") -> bytes:
+    return HEAD.pack(letter[0], len(payload)) + payload
+
+
+@dataclass
+class Reader:
+    """Frames out of (byte, descriptors on it) pairs, one at a time.
+
+    A descriptor is sent on the first byte of a header, but accepted on any: the
+    kernel joins the bytes before it with its own, and nobody can tell.
+    """
+
+    carry: dict = field(default_factory=TO_PROCESS.copy)
+    frame_max: int = FRAME_MAX
+    frames: list = field(default_factory=list)  # (letter, payload, fd or None)
+    error: str = ""
+    data: bytearray = field(default_factory=bytearray)
+    fd: object = None
+
+    def feed(self, byte: int, fds=()) -> None:
+        if not self.error:
+            self.error = self.step(byte, fds)
+
+    def step(self, byte: int, fds) -> str:
+        data = self.data
+        if len(fds) > 1:
+            return "EPROTO"
+        if len(data) < HEAD.size:
+            if fds and self.fd is not None:
+                return "EPROTO"
+            data.append(byte)
+            self.fd = fds[0] if fds else self.fd
+            if len(data) < HEAD.size:
+                return ""
+            letter, length = HEAD.unpack(data)
+            if (self.carry.get(letter) == "first") != (self.fd is not None):
+                return "EPROTO"
+            if length > self.frame_max:
+                return "EMSGSIZE"
+        elif len(data) == HEAD.size + HEAD.unpack_from(data)[1]:
+            if byte or not fds:  # it should have been the descriptor's
+                return "EPROTO"
+            self.fd = fds[0]
+            self.deliver()
+            return ""
+        else:
+            if fds:
+                return "EPROTO"
+            data.append(byte)
+        letter, length = HEAD.unpack_from(data)
+        if len(data) == HEAD.size + length and self.carry.get(letter) != "behind":
+            self.deliver()
+        return ""
+
+    def deliver(self) -> None:
+        self.frames.append((self.data[0], bytes(self.data[HEAD.size :]), self.fd))
+        self.data.clear()
+        self.fd = None
+
+
+class Peer:
+    """The application's end: sends commands, takes reports, never waits long."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        sock.settimeout(20)
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.sock.close()
+
+    def send(self, letter: str, payload: bytes = b"", *fds: int) -> None:
+        """Send one command by name, fds where its letter says."""
+        data = frame(COMMANDS[letter], payload)
+        if TO_PROCESS.get(data[0]) == "first":
+            socket.send_fds(self.sock, [data], fds)
+            return
+        self.sock.sendall(data)
+        if fds:
+            socket.send_fds(self.sock, [b"\0"], fds)
+
+    def send_list(self, letter: str, *strings: bytes) -> None:
+        self.send(letter, put_list(strings))
+
+    def eval(self, *strings: bytes) -> None:
+        self.send_list("EVAL", *strings)
+
+    def handle(self, fd: int) -> None:
+        self.send("HANDLE", b"", fd)
+
+    def fork(self, number: int = 0) -> "Peer":
+        """Ask for a fork, by id or the original's way; return its socket."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            if number:
+                self.send("FORK_ID", struct.pack("=Q", number), theirs.fileno())
+            else:
+                self.handle(theirs.fileno())
+                self.send("FORK")
+        return Peer(ours)
+
+    def run(self, name: bytes) -> None:
+        self.send("RUN", name)
+
+    def exact(self, n: int) -> bytes:
+        """Return n bytes that carry no descriptor; fewer at end of file."""
+        data = b""
+        while len(data) < n:
+            try:
+                more = self.sock.recv(min(n - len(data), 1 << 20))
+            except ConnectionResetError:  # it left something of ours unread
+                more = b""
+            if not more:
+                break
+            data += more
+        return data
+
+    def report(self):
+        """Return the next report as a tuple, its name first; None at the end."""
+        try:
+            head, fds, _, _ = socket.recv_fds(self.sock, 1, 9)
+        except ConnectionResetError:  # it left something of ours unread
+            return None
+        if not head:
+            return None
+        letter, length = HEAD.unpack(head + self.exact(HEAD.size - 1))
+        name = {v[0]: k for k, v in REPORTS.items()}[letter]
+        assert len(fds) == (letter in TO_APPLICATION)
+        return name, *parse(name, self.exact(length), fds)
+
+    def reports(self) -> list:
+        """Return all that comes until end of file."""
+        found = []
+        while report := self.report():
+            found.append(report)
+        return found
+
+    def expect(self, *names: str) -> list:
+        """Take one report for each of the names; closes pidfds."""
+        got = [self.report() for _ in names]
+        assert [r and r[0] for r in got] == list(names)
+        return got
+
+    def rest(self) -> bytes:
+        """Return the bytes up to end of file."""
+        return self.exact(1 << 62)
+
+
+def parse(name: str, payload: bytes, fds) -> tuple:
+    """Take the payload of a report apart."""
+    match name:
+        case "STARTED" | "SPAWNED":
+            pid = struct.unpack_from("=I", payload, len(payload) - 4)[0]
+            (fd,) = fds
+            with open(f"/proc/self/fdinfo/{fd}") as info:
+                pid_of_fd = [x for x in info if x.startswith("Pid:")]
+            os.close(fd)
+            # -1: it has ended and been reaped by now
+            assert pid_of_fd[0].split()[1] in (str(pid), "-1")
+            return struct.unpack("=I" if name == "STARTED" else "=QI", payload)
+        case "STARTED_BARE":
+            return struct.unpack("=I", payload)
+        case "SPAWNED_BARE":
+            return struct.unpack("=QI", payload)
+        case "ERROR":
+            stage, number, *texts = (s.decode() for s in get_list(payload))
+            assert len(texts) == 4
+            return stage, int(number), *texts
+        case "EXITED":
+            number, pid, status, *usage = struct.unpack("=QIi18q", payload)
+            return number, pid, status, usage
+        case "FAILED":
+            return struct.unpack("=QiB", payload)
+        case "DONE":
+            return struct.unpack("=Q", payload)
+    assert not payload
+    return ()
+
+
+def exec_payload(
+    argv,
+    *,
+    program=None,
+    search=b"",
+    cwd=b"",
+    env=None,
+    handles=0,
+    cwd_handle=-1,
+    mask=-1,
+    group=-1,
+    session=0,
+    fds=(),
+) -> bytes:
+    """Encode the payload of EXEC; fds are (from, to), from >= 0 a handle."""
+    envc = -1 if env is None else len(env)
+    head = struct.pack(
+        "=7i", handles, cwd_handle, mask, group, session, len(argv), envc
+    )
+    pairs = array.array("i", [n for pair in fds for n in pair]).tobytes()
+    program = argv[0] if program is None else program
+    return put_list([head, pairs, program, search, cwd, *argv, *(env or ())])
