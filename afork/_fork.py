@@ -17,7 +17,8 @@ from ._exec import Request, Stream
 from ._function import function_name
 from ._handles import descriptor_of
 from ._hub import hub
-from ._process import Process, dead_end, fork_process, fork_processes, next_id
+from ._process import Process, dead_end, fork_process, fork_processes
+from ._state import next_id
 
 if TYPE_CHECKING:
     import resource
@@ -90,8 +91,8 @@ class Fork:
             python: Path of the interpreter instead of ``afork.python``.
             command: A foreign server, searched in PATH unless it has a slash,
                 and its arguments, to which the number of its socket and our
-                pid are appended. It is spoken to in
-                plain mode: AnyEvent::Fork's protocol and no reports.
+                pid are appended. It is spoken to in plain mode:
+                AnyEvent::Fork's protocol and no reports.
 
         Raises:
             OSError: the program cannot be executed; ``filename`` names it.

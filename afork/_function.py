@@ -55,7 +55,7 @@ def function_name(
     if of_main and _child.loading_main:
         raise RuntimeError(
             f"{name} is run by code that executes whenever the main program is "
-            'loaded, as it is to find that function: put it under if __name__ == '
+            "loaded, as it is to find that function: put it under if __name__ == "
             '"__main__":'
         )
     return f"{module}:{name}", of_main and not has_main

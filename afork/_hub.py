@@ -75,9 +75,11 @@ class Hub:
     def drain(self) -> None:
         """Handle all events that are there; never waits."""
         with self.lock:
-            for fd, events in self._epoll.poll(0, 256):
-                callback = self._callbacks.get(fd)
-                if callback is not None:  # an earlier one may have closed it
+            found = self._epoll.poll(0, 256)
+            due = [(fd, self._callbacks.get(fd), events) for fd, events in found]
+            for fd, callback, events in due:
+                # An earlier one may have closed it, and its number be another's.
+                if callback is not None and self._callbacks.get(fd) is callback:
                     callback(events)
 
     def wait(self, seconds: float) -> None:

@@ -57,7 +57,7 @@ def fork_early() -> None:
 def _fork_here(what: str) -> Process | None:
     if _child.serving:
         return None
-    if len(os.listdir("/proc/self/task")) > 1:
+    if _has_other_threads():
         names = ""
         if "threading" in sys.modules:
             threads = sys.modules["threading"].enumerate()
@@ -89,6 +89,24 @@ def _fork_here(what: str) -> Process | None:
     process.path = list(sys.path)
     process.watch_exit()
     return process
+
+
+def _has_other_threads() -> bool:
+    """Whether a fork would tear something; threads of libraries count, too.
+
+    One that has been joined takes a moment to leave the kernel: that is
+    waited for, 0.2 s at most.
+    """
+    import time
+
+    end = time.monotonic() + 0.2
+    while len(os.listdir("/proc/self/task")) > 1:
+        threading = sys.modules.get("threading")
+        known = threading is None or threading.active_count() > 1
+        if known or time.monotonic() > end:
+            return True
+        os.sched_yield()
+    return False
 
 
 def _become_template(fd: int) -> None:

@@ -9,91 +9,34 @@ from __future__ import annotations
 
 import copy
 import errno
-import itertools
 import logging
 import os
 import signal
 import socket
 import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from . import _afork, _hub
+from . import _afork, _ending, _hub
+from ._ending import Mortal
 from ._errors import ProtocolError, RemoteError, TemplateError, WorkerLost
-from ._hub import HUP, IN, OUT, hub, wake
-
-if TYPE_CHECKING:
-    import asyncio
-    import resource
+from ._hub import IN, OUT, hub
+from ._reports import (
+    EXITED,
+    FAILED,
+    SPAWNED,
+    STAGES,
+    STARTED,
+    TOKEN,
+    check_pidfd,
+    error_from,
+)
+from ._state import next_id
 
 logger = logging.getLogger("afork")
 
-#: Seconds that a report about a process may come later than its end.
-GRACE = 1.0
 
-_ids = itertools.count(1)
-_EXITED = struct.Struct("=QIi18q")
-_STARTED = struct.Struct("=I")
-_SPAWNED = struct.Struct("=QI")
-_FAILED = struct.Struct("=QiB")
-_TOKEN = struct.Struct("=Q")
-_STAGES = ("", "fork", "setup", "cwd", "exec")
-
-
-def next_id() -> int:
-    """A number for a process or a request, unique in this application."""
-    return next(_ids)
-
-
-class Process:
-    """A process: what it has reported, and who waits to hear of it."""
-
-    # Defaults are the class's: most processes never leave most of them.
-
-    pid: int | None = None
-    pidfd = -1  # owned
-    #: Whether it is our child, and ours to reap.
-    direct = False
-    #: The function is entered.
-    running = False
-    #: It is a program by now.
-    executed = False
-    #: Our end of the socket once run has taken it over; owned until given.
-    sock: socket.socket | None = None
-    error: BaseException | None = None
-    was_logged = False
-    #: Highest token of a ready request that was answered.
-    done = 0
-    #: Nothing can be written any more; what explains it may be readable.
-    broken = False
-    #: Its socket has come to an end.
-    gone = False
-    #: Its end is known, or will not be known any more (status None).
-    exited = False
-    status: int | None = None
-    usage: tuple[int, ...] | None = None
-    #: It has made processes of its own.
-    forked = False
-    #: "run", "exec" or "to_fh" once it was asked to become something.
-    claimed = ""
-    #: Nobody will await what it was asked to become.
-    forgotten = False
-    #: No Fork object refers to it any more.
-    dropped = False
-    #: Its end has been asked for.
-    released = False
-    #: What to call with our end of the socket.
-    callback: Callable[[socket.socket], object] | None = None
-    #: Names for the message of a failed start, by its stage.
-    names: tuple[str, ...] = ()
-    #: It was moved to another template once.
-    moved = False
-    #: Its reports are read when somebody asks, not as they come.
-    quiet = False
-    _listeners = 0
-    _expecting = False
-    _losing = False
-    _watching_exit = False
+class Process(Mortal):
+    """A process: its socket, what it reports, and when it is let go."""
 
     def __init__(
         self,
@@ -103,96 +46,9 @@ class Process:
         parent: Process | None = None,
         plain: bool = False,
     ) -> None:
-        self.id = id
-        self.channel = channel
-        self.plain = plain
-        self.parent = parent
-        #: Processes whose exit this one will report, by id.
-        self.children: dict[int, Process] = {}
-        #: Signals to be sent once it has started.
-        self.signals: list[int] = []
-        #: Descriptors among the pending arguments.
-        self.handles: int = parent.handles if parent else 0
-        #: It was forked from the main program.
-        self.has_main: bool = parent.has_main if parent else False
-        #: The sys.path that it has been told.
-        self.path: list[str] = parent.path if parent else []
-        self._waiters: list[asyncio.Future[None]] = []
-        self._exit_callbacks: list[Callable[[], None]] = []
+        super().__init__(channel, id=id, parent=parent, plain=plain)
         if channel is not None:
             hub().watch(channel.fileno(), self._on_event)
-
-    # -- waiting
-
-    async def until(self, happened: Callable[[], bool]) -> None:
-        """Wait until a report has made the predicate true."""
-        loop = hub().attach()
-        # Another thread's loop may read the report between any two steps.
-        lock = hub().lock
-        with lock:
-            self._listen(1)
-        try:
-            while True:
-                with lock:
-                    if happened():
-                        return
-                    future = loop.create_future()
-                    self._waiters.append(future)
-                try:
-                    await future
-                finally:
-                    with lock:
-                        if future in self._waiters:
-                            self._waiters.remove(future)
-        finally:
-            with lock:
-                self._listen(-1)
-
-    def _wake(self) -> None:
-        if self._waiters:
-            waiters, self._waiters = self._waiters, []
-            for future in waiters:
-                wake(future)
-
-    # -- listening
-
-    def be_quiet(self) -> None:
-        """Do not wake a loop for every child that exits.
-
-        For the default template: most of its children are of no interest to
-        anybody once they run. Its end is noticed at once all the same.
-        """
-        self.quiet = True
-        self._set_events()
-
-    def _listen(self, more: int) -> None:
-        before = self._listeners
-        self._listeners += more
-        if self.quiet and bool(before) != bool(self._listeners):
-            self._set_events()
-
-    def _set_events(self) -> None:
-        channel = self.channel
-        if channel is not None:
-            events = 0 if self.quiet and not self._listeners else IN
-            if channel.queued and not self.broken:
-                events |= OUT
-            hub().change(channel.fileno(), events)
-
-    def adopt(self, child: Process) -> None:
-        """Be the one who reports the child's end from now on."""
-        child.parent = self
-        self.children[child.id] = child
-        self.forked = True
-        if child._expecting:
-            self._listen(1)
-
-    def expect_exit(self) -> None:
-        """Somebody wants to know when it ends."""
-        if not self._expecting and not self.exited:
-            self._expecting = True
-            if self.parent is not None:
-                self.parent._listen(1)
 
     def poll(self) -> None:
         """Read the reports that are there."""
@@ -273,25 +129,25 @@ class Process:
     def _on_report(self, letter: int, payload: bytes, fd: int) -> None:
         try:
             if letter == _afork.REP_STARTED or letter == _afork.REP_STARTED_BARE:
-                self._on_started(_STARTED.unpack(payload)[0], fd)
+                self._on_started(STARTED.unpack(payload)[0], fd)
             elif letter == _afork.REP_RUNNING:
                 if self.claimed != "run" or self.error is not None:
                     raise ValueError("running without having been asked to")
                 self._on_running()
             elif letter == _afork.REP_EXITED:
-                id, _pid, status, *usage = _EXITED.unpack(payload)
+                id, _pid, status, *usage = EXITED.unpack(payload)
                 os.waitstatus_to_exitcode(max(status, 0))  # ValueError if it is none
                 child = self.children.pop(id, None)
                 if child is not None:
                     child.on_exited(None if status == -1 else status, tuple(usage))
             elif letter == _afork.REP_DONE:
-                self.done = max(self.done, _TOKEN.unpack(payload)[0])
+                self.done = max(self.done, TOKEN.unpack(payload)[0])
             elif letter == _afork.REP_ERROR:
                 self.fail(error_from(payload))
             elif letter == _afork.REP_FAILED:
-                self._on_failed(*_FAILED.unpack(payload))
+                self._on_failed(*FAILED.unpack(payload))
             elif letter in (_afork.REP_SPAWNED, _afork.REP_SPAWNED_BARE):
-                id, pid = _SPAWNED.unpack(payload)
+                id, pid = SPAWNED.unpack(payload)
                 child = self.children.get(id)
                 if child is not None and not child.names:
                     raise ValueError("a program that nobody has asked for")
@@ -335,26 +191,6 @@ class Process:
         self._deliver_queued()
         self._drop_pidfd()
 
-    def _open_pidfd(self) -> None:
-        """Make what could not be made or received when it started.
-
-        Its number is still its own if our template is the parent of whoever
-        has it, and has not reported the end of this one.
-        """
-        if self.pid is None or self.parent is None or self.parent.gone:
-            return
-        fd = os.pidfd_open(self.pid)
-        try:
-            with open(f"/proc/{self.pid}/stat") as file:
-                parent = int(file.read().rpartition(")")[2].split()[1])
-            if parent == self.parent.pid:
-                self.parent.poll()
-                if not self.exited and self.pidfd < 0:
-                    self.pidfd, fd = fd, -1
-        finally:
-            if fd >= 0:
-                os.close(fd)
-
     def _on_running(self) -> None:
         assert self.channel is not None
         self.running = True
@@ -383,7 +219,7 @@ class Process:
         name = child.names[stage] if stage < len(child.names) else ""
         error: BaseException
         error = OSError(number, os.strerror(number), *([name] if name else []))
-        what = _STAGES[stage] if stage < len(_STAGES) else ""
+        what = STAGES[stage] if stage < len(STAGES) else ""
         error.add_note(f"afork: {what or 'start'} failed in the template")
         if number == errno.ECANCELED and self.error is not None:
             error = TemplateError("the template has failed before", self.pid)
@@ -432,12 +268,6 @@ class Process:
             self._lose()  # a program that was never started
         self._learn_end()
 
-    def _learn_end(self) -> None:
-        if self.pidfd >= 0:
-            self._watch_exit()
-        else:
-            self.on_exited(None, None)
-
     def _lose(self) -> None:
         """It ended early. Why is known with its status, or its template's."""
         if self._losing or self.error is not None:
@@ -451,10 +281,10 @@ class Process:
                 self._settle()
             else:
                 parent.when_exited(self._settle)
-                hub().later(GRACE, self._settle)
+                hub().later(_ending.GRACE, self._settle)
         else:
             self.when_exited(self._settle)
-            hub().later(GRACE, self._settle)
+            hub().later(_ending.GRACE, self._settle)
 
     def _settle(self) -> None:
         if self.error is not None or self.executed:
@@ -521,117 +351,7 @@ class Process:
             error.__cause__ = self.error.__cause__
             raise error
 
-    def on_exited(self, status: int | None, usage: tuple[int, ...] | None) -> None:
-        """Its wait status is known, or (None) can never be."""
-        if self.exited:
-            return
-        self.exited = True
-        self.status = status
-        self.usage = usage
-        if self._expecting and self.parent is not None:
-            self.parent._listen(-1)
-        if self.pidfd >= 0:
-            hub().unwatch(self.pidfd)
-            os.close(self.pidfd)
-            self.pidfd = -1
-        callbacks, self._exit_callbacks = self._exit_callbacks, []
-        for callback in callbacks:
-            callback()
-        self._wake()
-
-    def when_exited(self, callback: Callable[[], None]) -> None:
-        """Call back once its end is known; at once if it is."""
-        if self.exited:
-            callback()
-        else:
-            self._exit_callbacks.append(callback)
-            self.expect_exit()
-
-    def watch_exit(self) -> None:
-        """Learn of the end from the pidfd, should no report come."""
-        with hub().lock:
-            self.expect_exit()
-            if not self.exited:
-                self._watch_exit()
-
-    def _watch_exit(self) -> None:
-        if self._watching_exit or self.pidfd < 0:
-            return
-        self._watching_exit = True
-        hub().watch(self.pidfd, self._on_pidfd)
-
-    def _on_pidfd(self, events: int) -> None:
-        if self.exited or self.pidfd < 0:
-            return
-        if self.direct:
-            assert self.pid is not None
-            try:
-                pid, status, usage = os.wait4(self.pid, os.WNOHANG)
-            except ChildProcessError:  # somebody waited for -1
-                self.on_exited(_afork.exit_status(self.pidfd), None)
-                return
-            if pid:
-                self.on_exited(status, usage_fields(usage))
-            return
-        if self.parent is not None and not self.parent.gone:
-            hub().unwatch(self.pidfd)
-            hub().later(GRACE, self._exit_by_pidfd)
-        elif events & HUP:  # reaped: from here on the kernel tells its status
-            self._exit_by_pidfd()
-        else:
-            hub().change(self.pidfd, 0)
-            hub().later(GRACE, self._exit_by_pidfd)
-
-    def _exit_by_pidfd(self) -> None:
-        if not self.exited and self.pidfd >= 0:
-            self.on_exited(_afork.exit_status(self.pidfd), None)
-
-    def _drop_pidfd(self) -> None:
-        """Close it once nobody can ask for a signal or a status any more."""
-        useless = self.running or self.executed or self.released or self.gone
-        if (
-            self.dropped
-            and (useless or self.claimed == "to_fh")
-            and not self.direct
-            and not self._watching_exit
-            and self.pidfd >= 0
-        ):
-            os.close(self.pidfd)
-            self.pidfd = -1
-
-    # -- signals
-
-    def send_signal(self, number: int) -> None:
-        """Now, or as soon as the process has reported its start."""
-        with hub().lock:
-            if self.exited or (self.gone and self.pidfd < 0):
-                raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
-            if number == signal.SIGKILL:
-                self.was_logged = True  # its end is no news
-            if self.pidfd < 0:
-                self._open_pidfd()
-            # Until it has become what it was asked to, it swallows signals.
-            becoming = self.claimed and not (self.running or self.executed)
-            if self.pid is None or (becoming and number != signal.SIGKILL):
-                self.signals.append(number)
-            elif self.pidfd >= 0:
-                self.deliver(number)
-            else:
-                raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
-
-    def _deliver_queued(self) -> None:
-        signals, self.signals = self.signals, []
-        for number in signals:
-            try:
-                self.send_signal(number)
-            except ProcessLookupError:
-                pass  # it has just ended; its status tells
-
-    def deliver(self, number: int) -> None:
-        try:
-            signal.pidfd_send_signal(self.pidfd, number)
-        except OSError:
-            pass  # it has just ended; its status tells
+    # -- letting go
 
     def kill(self) -> None:
         """End it whatever it does; nobody waits for it any more."""
@@ -645,8 +365,6 @@ class Process:
         if self.sock is not None:
             self.sock.close()
             self.sock = None
-
-    # -- letting go
 
     def forget(self) -> None:
         """Nobody will await run or exec: configure and forget."""
@@ -747,28 +465,6 @@ def _queue_fork(parent: Process) -> Process:
 on_template_end: dict[Process, Callable[[Process], None]] = {}
 
 
-def error_from(payload: bytes) -> BaseException:
-    """The exception that an error report stands for."""
-    fields = [x.decode("utf-8", "replace") for x in _afork.unpack_strings(payload)]
-    stage, number, type, message, traceback, filename = fields
-    if type == "ProtocolError":
-        return ProtocolError(message)
-    if int(number):
-        error = OSError(int(number), message, *([filename] if filename else []))
-        error.add_note(f"afork: {stage} failed in the process")
-        return error
-    if type == "TemplateError":
-        return TemplateError(message)
-    return RemoteError(stage, type, message, traceback)
-
-
-def usage_fields(usage: resource.struct_rusage) -> tuple[int, ...]:
-    """The fields of a struct rusage in the order of an exited report."""
-    user, system = divmod(usage[0], 1), divmod(usage[1], 1)
-    times = (user[0], user[1] * 1e6, system[0], system[1] * 1e6)
-    return tuple(int(x) for x in (*times, *usage[2:]))
-
-
 def call_user(callback: Callable[[socket.socket], object], sock: socket.socket) -> None:
     """Call back from a loop if one runs here, so that it reports exceptions."""
     import asyncio
@@ -779,16 +475,6 @@ def call_user(callback: Callable[[socket.socket], object], sock: socket.socket) 
         callback(sock)
     else:
         loop.call_soon(callback, sock)
-
-
-def check_pidfd(fd: int) -> None:
-    """ValueError unless it is one: the peer may have sent anything."""
-    try:
-        signal.pidfd_send_signal(fd, 0)
-    except (ProcessLookupError, PermissionError):
-        pass
-    except OSError as exc:
-        raise ValueError("a descriptor that is no pidfd") from exc
 
 
 def select_writable(fd: int) -> None:

@@ -24,7 +24,8 @@ from ._errors import TemplateError
 from ._exec import PathLike, Request
 from ._handles import descriptor_of, is_stream
 from ._hub import hub
-from ._process import Process, logger, next_id
+from ._process import Process, logger
+from ._state import next_id
 
 _LIMIT = 2**16
 

@@ -30,6 +30,12 @@ def pytest_report_header() -> str:
     return f"afork {afork.__version__} from {Path(afork.__file__).parent}"
 
 
+def pytest_collection_finish() -> None:
+    # The guard collects around every test: not what the suite itself consists of.
+    gc.collect()
+    gc.freeze()
+
+
 def need(name: str, available: bool, why: str) -> None:
     """Skip unless something is there; fail if AFORK_REQUIRE names it (CI)."""
     if not available:
@@ -52,7 +58,8 @@ def open_descriptors() -> dict[int, str]:
 def children() -> set[int]:
     pids: set[int] = set()
     for task in Path("/proc/self/task").iterdir():
-        pids.update(map(int, (task / "children").read_text().split()))
+        with contextlib.suppress(OSError):  # a thread that is just ending
+            pids.update(map(int, (task / "children").read_text().split()))
     return pids
 
 
@@ -135,10 +142,11 @@ def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
         script: str,
         *args: str,
         status: int = 0,
-        flags: tuple[str, ...] = ("-X", "dev", "-W", "error"),
+        flags: tuple[str, ...] = ("-W", "error"),
         **kwargs: Any,
     ) -> subprocess.CompletedProcess[str]:
-        source = ["-c", script]
+        # Not from the working folder: it may hold the package unbuilt.
+        source = ["-P", "-c", script]
         if "\n" not in script and (SCRIPTS / script).exists():
             source = [str(SCRIPTS / script)]
         done = subprocess.run(

@@ -456,7 +456,9 @@ def test_stdio_numbers_are_accepted(arun):
 
 
 def test_signal_numbers_are_no_handles():
-    with contextlib.closing(afork.Fork.new()) as f:
+    with (
+        contextlib.closing(afork.Fork.new()) as f,
         # an IntEnum is an int: what counts is whether it is open
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            f.send_fh(signal.SIGRTMAX)
+        pytest.raises(OSError, match="Bad file descriptor"),
+    ):
+        f.send_fh(signal.SIGRTMAX)

@@ -121,7 +121,9 @@ def test_sent_requests_fail_and_unsent_ones_move(arun):
                 assert type(result) is afork.TemplateError, result
                 assert result.pid == old.pid
                 assert result.status == 9
-                assert not moved, f"sent in order, but {n} was lost after one that was not"
+                assert not moved, (
+                    f"sent in order, but {n} was lost after one that was not"
+                )
             else:
                 moved += 1
                 assert await read_all(result) == b"%d" % new
@@ -184,8 +186,12 @@ def test_error_names_what_killed_the_template(arun):
     async def main():
         old = afork.Fork.default().eval("import os, signal")
         await old.ready()
+        # both have been sent before the first of them is read
+        old.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, old.pid, os.WSTOPPED)
         old.eval("os.kill(os.getpid(), signal.SIGSEGV)")
         f = afork.Fork.new()
+        old.send_signal(signal.SIGCONT)
         with pytest.raises(afork.TemplateError, match="killed by SIGSEGV") as info:
             await f.run("os.getpid")
         assert info.value.pid == old.pid

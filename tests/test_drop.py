@@ -111,9 +111,7 @@ def test_half_closed_template_reports_until_its_last_child(arun):
         workers = template.fork_many(3)
         for f in workers:
             f.eval("import os\ndef end(sock, n): sock.recv(1); os._exit(int(n))")
-        socks = [
-            await f.send_arg(str(n)).run("end") for n, f in enumerate(workers, 10)
-        ]
+        socks = [await f.send_arg(str(n)).run("end") for n, f in enumerate(workers, 10)]
         fd = os.pidfd_open(pid)
         del template
         gc.collect()
@@ -197,7 +195,7 @@ async def main():
     print(f.pid, h.pid)
 asyncio.run(main())
 kept.pop().close()
-"""
+""",
     )
     assert done.stderr == ""
     for pid in done.stdout.split():

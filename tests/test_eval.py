@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import traceback
 
@@ -10,6 +11,12 @@ import pytest
 import afork
 
 from .scripts.api_ask import ask, read_pipe
+
+
+@pytest.fixture
+def loop_factory():
+    """What happens in the process is the same for every kind of loop."""
+    return asyncio.new_event_loop
 
 
 def test_runs_in_main_and_in_order(arun):
@@ -229,7 +236,7 @@ async def main():
         await a.ready(); await b.ready()
     async with f: pass
 asyncio.run(main())
-"""
+""",
     )
     assert done.stdout == "once"
     assert done.stderr == ""

@@ -17,6 +17,12 @@ import afork
 from .scripts.api_ask import ask, read_all, read_pipe
 
 
+@pytest.fixture
+def loop_factory():
+    """What happens in the process is the same for every kind of loop."""
+    return asyncio.new_event_loop
+
+
 async def output(f: afork.Fork, *command, **kwargs) -> str:
     sock = await f.exec(*command, stdout=afork.SOCKET, **kwargs)
     text = (await read_all(sock)).decode()
@@ -49,7 +55,12 @@ def test_arguments_arrive_exactly(arun, tmp_path):
 
     async def main():
         text = await output(
-            afork.Fork.new(), "/bin/sh", "-c", 'printf "%s\\0" "$@"', b"bytes", *words[:4]
+            afork.Fork.new(),
+            "/bin/sh",
+            "-c",
+            'printf "%s\\0" "$@"',
+            b"bytes",
+            *words[:4],
         )
         assert text.split("\0")[:-1] == words[:4]
         sock = await afork.Fork.new().exec(
@@ -87,7 +98,9 @@ def test_socket_serves_several_streams(arun):
 def test_standard_error_as_standard_output(arun):
     async def main():
         script = ("sh", "-c", "echo out; echo err >&2")
-        assert await output(afork.Fork.new(), *script, stderr=afork.STDOUT) == "out\nerr\n"
+        assert (
+            await output(afork.Fork.new(), *script, stderr=afork.STDOUT) == "out\nerr\n"
+        )
         r, w = os.pipe()
         await afork.Fork.new().exec(*script, stdout=w, stderr=afork.STDOUT)
         os.close(w)
@@ -105,7 +118,7 @@ async def main():
     await f.exec("sh", "-c", "echo out; echo err >&2", stderr=afork.STDOUT)
     assert await f.wait() == 0
 asyncio.run(main())
-"""
+""",
     )
     assert (done.stdout, done.stderr) == ("out\nerr\n", "")
 
@@ -172,7 +185,11 @@ def test_wrong_streams_are_refused_at_the_call():
 
 # -- descriptors
 
-LIST = (sys.executable, "-ISc", "import os; print(*sorted(map(int, os.listdir('/proc/self/fd'))))")
+LIST = (
+    sys.executable,
+    "-ISc",
+    "import os; print(*sorted(map(int, os.listdir('/proc/self/fd'))))",
+)
 
 
 def test_the_program_has_stdio_and_what_is_mapped_only(arun):
@@ -229,7 +246,10 @@ def test_special_streams_in_fds(arun):
     async def main():
         f = afork.Fork.new()
         sock = await f.exec(
-            "sh", "-c", "read x <&5; echo $x >&5; cat <&6", fds={5: afork.SOCKET, 6: afork.DEVNULL}
+            "sh",
+            "-c",
+            "read x <&5; echo $x >&5; cat <&6",
+            fds={5: afork.SOCKET, 6: afork.DEVNULL},
         )
         await asyncio.get_running_loop().sock_sendall(sock, b"word\n")
         assert await read_all(sock) == b"word\n"
@@ -307,7 +327,9 @@ def test_working_directory(arun, tmp_path):
 # -- search
 
 
-def script(path: Path, text: str = "#!/bin/sh\necho found\n", mode: int = 0o755) -> Path:
+def script(
+    path: Path, text: str = "#!/bin/sh\necho found\n", mode: int = 0o755
+) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
     path.chmod(mode)
@@ -366,8 +388,20 @@ def test_errors_have_errno_and_filename(arun, tmp_path):
         (nonsense, {}, OSError, errno.ENOEXEC, str(nonsense)),
         ("true/x", {}, FileNotFoundError, errno.ENOENT, "true/x"),
         (f"{plain}/x", {}, NotADirectoryError, errno.ENOTDIR, f"{plain}/x"),
-        ("plain", {"env": {"PATH": str(tmp_path)}}, PermissionError, errno.EACCES, "plain"),
-        ("true", {"cwd": "/api/absent"}, FileNotFoundError, errno.ENOENT, "/api/absent"),
+        (
+            "plain",
+            {"env": {"PATH": str(tmp_path)}},
+            PermissionError,
+            errno.EACCES,
+            "plain",
+        ),
+        (
+            "true",
+            {"cwd": "/api/absent"},
+            FileNotFoundError,
+            errno.ENOENT,
+            "/api/absent",
+        ),
         ("true", {"cwd": plain}, NotADirectoryError, errno.ENOTDIR, str(plain)),
     ]
 
@@ -497,5 +531,3 @@ def test_stage_is_noted(arun):
         assert info.value.__notes__ == ["afork: cwd failed in the process"]
 
     arun(main)
-
-

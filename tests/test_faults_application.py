@@ -120,6 +120,7 @@ async def main():
     print(f.pid)
 asyncio.run(main())
 """,
+        flags=("-W", "error"),  # not -X dev: it complains of slow machines
         cwd=tmp_path,
     )
     assert done.stderr == ""

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-import afork._process
+import afork._ending
 
 from .conftest import read_all
 from .scripts.fault_tools import ECHO, log, stop, suspend  # noqa: F401 - fixtures
@@ -244,7 +244,7 @@ def test_in_the_middle_of_a_frame(arun):
 
 
 def test_workers_die_with_their_template_and_detached_ones_do_not(arun, monkeypatch):
-    monkeypatch.setattr(afork._process, "GRACE", 0.1)
+    monkeypatch.setattr(afork._ending, "GRACE", 0.1)
 
     async def main():
         template = afork.Fork.default()

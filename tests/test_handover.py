@@ -58,8 +58,10 @@ def test_to_another_process(arun):
     """A worker of one process configures and runs another."""
 
     async def main():
-        f = afork.Fork.new().eval("x = 'prepared'").eval(
-            "def f(sock): sock.sendall(x.encode())"
+        f = (
+            afork.Fork.new()
+            .eval("x = 'prepared'")
+            .eval("def f(sock): sock.sendall(x.encode())")
         )
         given = await f.to_fh()
         taker = afork.Fork.new().send_fh(given)
@@ -114,7 +116,9 @@ def test_plain_refuses_what_the_protocol_has_not(arun):
         g = afork.Fork.new_from_fh(sock, plain=True)
         with pytest.raises(afork.AforkError, match="set needs a process in afork mode"):
             g.set(umask=0)
-        with pytest.raises(afork.AforkError, match="exec needs a process in afork mode"):
+        with pytest.raises(
+            afork.AforkError, match="exec needs a process in afork mode"
+        ):
             g.exec("true")
         await g.ready()
         # forks of it are plain, too
@@ -175,7 +179,10 @@ def test_peer_that_is_gone(arun):
 def test_wrong_sockets_are_refused():
     with pytest.raises(TypeError, match="a socket is needed, not int"):
         afork.Fork.new_from_fh(3)
-    with socket.socket() as sock, pytest.raises(ValueError, match="an open unix stream socket"):
+    with (
+        socket.socket() as sock,
+        pytest.raises(ValueError, match="an open unix stream socket"),
+    ):
         afork.Fork.new_from_fh(sock)
     a, b = socket.socketpair()
     a.close()

@@ -57,24 +57,45 @@ def client(perl):
     return run
 
 
-def test_perl_evaluates_python_with_bytes(client):
-    assert client("eval") == (
+async def hand_over(f: afork.Fork) -> socket.socket:
+    return await f.to_fh(plain=True)
+
+
+@pytest.fixture(params=["executes", "is given"])
+def drive(request, client, capfd):
+    """Run a scenario: Perl executes our server, or is given a process of ours."""
+
+    def run(scenario: str) -> tuple[str, str]:
+        if request.param == "executes":
+            return client(scenario)
+        f = afork.Fork.new()
+        with asyncio.run(hand_over(f)) as sock:
+            out, err = client(scenario, sock.fileno())
+        assert err == ""
+        # A process complains where its template does, and that is ours.
+        return out, capfd.readouterr().err
+
+    return run
+
+
+def test_perl_evaluates_python_with_bytes(drive):
+    assert drive("eval") == (
         r"(((b'aaa', b'', b'\xff\x00'), 'tuple'), '__main__')" "\nTrue\n",
         "",
     )
 
 
-def test_perl_sends_strings_and_handles_in_order(client):
+def test_perl_sends_strings_and_handles_in_order(drive):
     kinds = ["bytes", "bytes", "FileIO", "bytes", "bytes"]
     strings = [b"s1", b"", b"x" * 130, b"\xff\0"]
-    assert client("arguments") == (
+    assert drive("arguments") == (
         f"{(kinds, (None, strings))}\nthrough the pipe\n",
         "",
     )
 
 
-def test_perl_forks_forks(client):
-    assert client("fork") == (
+def test_perl_forks_forks(drive):
+    assert drive("fork") == (
         "(b'all', b'later', b'three', b'four')\n"
         "(b'all', b'one')\n"
         "(b'all', b'later', b'three')\n"
@@ -84,19 +105,19 @@ def test_perl_forks_forks(client):
     )
 
 
-def test_perl_requires_python_modules(client):
-    out, err = client("require")
+def test_perl_requires_python_modules(drive):
+    out, err = drive("require")
     assert out == "([1], 'b')\nafter it: \n"
     assert err.count("Traceback") == 1
     assert "TypeError: " in err
 
 
-def test_perl_talks_to_a_function_at_once(client):
-    assert client("echo") == ("6000 HELLO\n", "")
+def test_perl_talks_to_a_function_at_once(drive):
+    assert drive("echo") == ("6000 HELLO\n", "")
 
 
-def test_perl_sees_the_end_of_what_failed(client):
-    out, err = client("errors")
+def test_perl_sees_the_end_of_what_failed(drive):
+    out, err = drive("errors")
     assert out == (
         "1 / 0: eof\n"
         "def def: eof\n"
@@ -120,12 +141,12 @@ def test_perl_learns_exit_statuses_of_its_children(client):
     assert err.count("Traceback") == 1
 
 
-def test_perl_sends_5_mb(client):
-    assert client("big") == ("same 5000000\n", "")
+def test_perl_sends_5_mb(drive):
+    assert drive("big") == ("same 5000000\n", "")
 
 
-def test_perl_forks_50(client):
-    assert client("fan_out") == ("50 1\n", "")
+def test_perl_forks_50(drive):
+    assert drive("fan_out") == ("50 1\n", "")
 
 
 def test_perl_takes_over_a_process_of_ours(arun, client):
@@ -133,7 +154,7 @@ def test_perl_takes_over_a_process_of_ours(arun, client):
         f = afork.Fork.new().send_arg("python").eval("taken = 1")
         sock = await f.to_fh(plain=True)
         try:
-            out, err = await asyncio.to_thread(client, "from_fh", sock.fileno())
+            out, err = await asyncio.to_thread(client, "taken", sock.fileno())
         finally:
             sock.close()
         # Bytes from the client, text from us: each as it was sent.
@@ -155,7 +176,7 @@ def test_perl_drives_a_server_at_the_end_of_a_socket(client):
         ) as process,
     ):
         theirs.close()
-        out, err = client("from_fh", ours.fileno())
+        out, err = client("taken", ours.fileno())
         ours.close()
         assert process.wait(HANG) == 0
     assert (out, err) == ("(b'perl', b'child')\n(b'perl',)\n", "")

@@ -12,7 +12,7 @@ import signal
 
 import pytest
 
-import afork._process
+import afork._ending
 
 from .conftest import read_all
 from .scripts.fault_tools import ECHO, log, stop, wait_pidfd  # noqa: F401 - fixtures
@@ -21,7 +21,7 @@ from .scripts.fault_tools import ECHO, log, stop, wait_pidfd  # noqa: F401 - fix
 @pytest.fixture(autouse=True)
 def short_grace(monkeypatch):
     """How long an orphan's status is waited for, where nobody reaps orphans."""
-    monkeypatch.setattr(afork._process, "GRACE", 0.1)
+    monkeypatch.setattr(afork._ending, "GRACE", 0.1)
 
 
 BIG = "x" * (8 << 20)  # more than any socket takes at once

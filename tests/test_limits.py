@@ -123,7 +123,7 @@ def test_no_descriptors_left_in_the_application(arun, way):
 
 async def settled(fds):
     """Sockets and pidfds close as their processes end."""
-    while len(open_descriptors()) > fds:  # noqa: ASYNC110 - nothing to wait on
+    while len(open_descriptors()) > fds:
         await asyncio.sleep(0)
 
 

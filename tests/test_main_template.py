@@ -21,7 +21,7 @@ def program(tmp_path):
     def run(source: str, *args: str, status: int = 0, name: str = "prog.py") -> str:
         (tmp_path / name).write_text(source)
         done = subprocess.run(
-            [sys.executable, "-X", "dev", "-W", "error", name, *args],
+            [sys.executable, "-W", "error", name, *args],
             capture_output=True,
             text=True,
             timeout=30,
@@ -145,9 +145,7 @@ if __name__ == "__main__":
 def test_import_machinery_is_left_clean(program, tmp_path):
     """TEMPLATE is made in the middle of an import, whose lock the child has."""
     (tmp_path / "api_middle.py").write_text(
-        "before = 1\n"
-        "from afork.template import TEMPLATE\n"
-        "after = 1\n"
+        "before = 1\nfrom afork.template import TEMPLATE\nafter = 1\n"
     )
     (tmp_path / "api_sub.py").write_text("value = 5\n")
     out = program(
@@ -320,7 +318,7 @@ a.close(); b.close()
 
 
 def test_dies_with_the_program(tmp_path):
-    from .scripts.api_ask import ended
+    from .scripts.api_ask import PYTHONPATH, ended
 
     (tmp_path / "prog.py").write_text(
         "import afork, signal\nT = afork.fork_main()\nprint(T.pid, flush=True)\nsignal.pause()\n"
@@ -328,7 +326,7 @@ def test_dies_with_the_program(tmp_path):
     app = subprocess.Popen(
         [sys.executable, str(tmp_path / "prog.py")],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
     )
     pid = int(app.stdout.readline())
     assert os.getsid(pid) == pid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -14,9 +15,15 @@ import pytest
 import afork
 
 from .conftest import SCRIPTS
-from .scripts.api_ask import ask, read_all
+from .scripts.api_ask import PYTHONPATH, ask, read_all
 
 PACKAGE = Path(afork.__file__).parent.parent
+
+
+@pytest.fixture
+def loop_factory():
+    """What happens in the process is the same for every kind of loop."""
+    return asyncio.new_event_loop
 
 
 def test_binds_as_import_does(arun):
@@ -165,12 +172,12 @@ import afork
 from tests.scripts.api_ask import ask
 os.rmdir(os.getcwd())
 async def main():
-    assert "" in sys.path
+    sys.path.insert(0, "")
     print(await ask(afork.Fork.new(), "'' in sys.path"))
 asyncio.run(main())
 """,
         cwd=gone,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
     )
     assert done.stdout == "False\n"
 
@@ -212,7 +219,7 @@ def test_zipapp(tmp_path, run_script):
         capture_output=True,
         text=True,
         timeout=30,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
     )
     assert (done.stdout, done.stderr) == ("tests_api_worker\n" * 2, "")
 
@@ -275,7 +282,7 @@ async def main():
     print(await ask(afork.Fork.new(), "'sitecustomize' in sys.modules"))
 asyncio.run(main())
 """,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
     )
     assert done.stdout == "False\n"
 
@@ -291,6 +298,6 @@ async def main():
 asyncio.run(main())
 """,
         flags=("-OO", "-B", "-X", "utf8", "-W", "error::UserWarning"),
-        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
     )
     assert done.stdout == "(2, 1, True, ['error::UserWarning'], 1)\n"

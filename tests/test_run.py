@@ -13,16 +13,13 @@ import socket
 import stat
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 
 import afork
 
 from .conftest import read_all
-from .scripts.api_ask import ask, ended, read_pipe
-
-PACKAGE = Path(afork.__file__).parent.parent
+from .scripts.api_ask import PYTHONPATH, ask, ended, read_pipe
 
 SHOW = """
 def show(sock, *args):
@@ -294,11 +291,11 @@ def run_python(*args: str, **kwargs):
     import subprocess
 
     return subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", *args],
+        [sys.executable, "-W", "error", *args],
         capture_output=True,
         text=True,
         timeout=30,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         **kwargs,
     )
 
@@ -600,7 +597,7 @@ def test_forgetting_many_keeps_nothing(arun):
 # -- the end of a worker
 
 
-def outcome(run_script, code: str, **kwargs) -> tuple[int, str, str]:
+def outcome(run_script, code: str) -> tuple[int, str, str]:
     """Exit code, output and errors of a worker that runs code."""
     done = run_script(
         f"""
@@ -612,7 +609,6 @@ async def main():
     sock.close()
 asyncio.run(main())
 """,
-        **kwargs,
     )
     *output, code = done.stdout.splitlines()
     return int(code), "\n".join(output), done.stderr
@@ -638,8 +634,7 @@ asyncio.run(main())
 )
 def test_exit_codes_are_pythons(run_script, statement, code, errors):
     source = f"def f(sock):\n    import os, sys\n    {statement}\n"
-    flags = ("-W", "error")  # -X dev would have faulthandler talk about signals
-    assert outcome(run_script, source, flags=flags) == (code, "", errors)
+    assert outcome(run_script, source) == (code, "", errors)
 
 
 def test_exception_is_a_traceback_on_stderr(run_script):

@@ -16,6 +16,9 @@ import afork._default
 from .conftest import read_all
 from .scripts.api_ask import read_pipe
 
+#: Without -X dev: on a busy machine asyncio would complain of slow callbacks.
+FLAGS = ("-W", "error")
+
 
 def test_00_load(run_script, tmp_path):
     """Client and server load in a plain program, and start nothing."""
@@ -37,13 +40,13 @@ print("loaded")
 
 
 def test_01_early(run_script):
-    done = run_script("seed_early.py")
+    done = run_script("seed_early.py", flags=FLAGS)
     assert done.stdout == "ok from the process\nok from the application\n"
     assert done.stderr == ""
 
 
 def test_02_template(run_script):
-    done = run_script("seed_template.py")
+    done = run_script("seed_template.py", flags=FLAGS)
     assert done.stdout == (
         "ok from the process, prepared\nok from the application, too late\n"
     )
@@ -99,7 +102,7 @@ def test_03_new_objects_may_be_alive_when_the_program_dies(run_script, tmp_path)
 import sys
 import afork
 f = afork.Fork.new()
-run = f.fork().run("os.getpid")
+run = f.fork().eval("def work(sock): pass").run("work")
 try:
     1 / 0
 except ZeroDivisionError as exc:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import signal
@@ -13,7 +14,11 @@ import afork
 
 from .scripts.api_ask import ask, ended, read_all
 
-PACKAGE = Path(afork.__file__).parent.parent
+
+@pytest.fixture
+def loop_factory():
+    """What happens in the process is the same for every kind of loop."""
+    return asyncio.new_event_loop
 
 
 def test_environment(arun, monkeypatch):

@@ -182,5 +182,5 @@ def test_places_of_descriptors_are_documented():
     header = (SRC / "core" / "wire.h").read_text()
     for name, where in documented.items():
         (text,) = re.findall(rf"X\({name}, '.', \"([^\"]*)\"", header)
-        assert ("rides on the first byte" in text) == (where == "first"), name
+        assert ("on the first byte" in text) == (where == "first"), name
         assert ("follows" in text) == (where == "behind"), name

@@ -9,14 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT
-from pathlib import Path
 
 import pytest
 
 import afork
 
-PACKAGE = Path(afork.__file__).parent.parent
+from .scripts.api_ask import PYTHONPATH, ended
 
 BOTH = [
     pytest.param(
@@ -32,20 +32,29 @@ BOTH = [
 @pytest.fixture(params=BOTH)
 def make(request, loop_factory):
     """create_subprocess_exec"""
-    return _choose(request, loop_factory)[0]
+    yield _choose(request, loop_factory)[0]
+    _join_waiters()
 
 
 @pytest.fixture(params=BOTH)
 def make_shell(request, loop_factory):
     """create_subprocess_shell"""
-    return _choose(request, loop_factory)[1]
+    yield _choose(request, loop_factory)[1]
+    _join_waiters()
 
 
 def _choose(request, loop_factory):
-    if request.param[0].__module__ == "asyncio.subprocess":
-        if loop_factory is not asyncio.new_event_loop:
-            pytest.skip("uvloop's own differs from asyncio's in many ways")
+    own = request.param[0].__module__ == "asyncio.subprocess"
+    if own and loop_factory is not asyncio.new_event_loop:
+        pytest.skip("uvloop's own differs from asyncio's in many ways")
     return request.param
+
+
+def _join_waiters():
+    """asyncio's own has a thread for each process, which ends a little later."""
+    for thread in threading.enumerate():
+        if "waitpid" in thread.name:
+            thread.join()
 
 
 async def output(make, *command, **kwargs) -> str:
@@ -159,7 +168,7 @@ async def main():
 asyncio.run(main())
 """,
             input="1\n2\n3\n4\n",
-            env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+            env={**os.environ, "PYTHONPATH": PYTHONPATH},
         )
         assert done.stdout == "out 1\nout\nout 3\nout 4\nerr 4\n", name
         assert done.stderr == "err 1\nerr\nerr 2\n", name
@@ -188,7 +197,7 @@ asyncio.run(main())
         stdin=DEVNULL,
         capture_output=True,
         timeout=30,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
     )
     assert done.returncode == 5, done
     found = dict(
@@ -240,7 +249,7 @@ async def main():
 asyncio.run(main())
 """,
             cwd=gone,
-            env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+            env={**os.environ, "PYTHONPATH": PYTHONPATH},
         )
         assert done.stdout == f"{gone} (deleted)\n", name
 
@@ -285,7 +294,9 @@ def test_pass_fds(arun, make):
             os.set_inheritable(other, True)  # and is not passed all the same
             script = "import os, sys; os.write(int(sys.argv[1]), b'passed'); print(os.path.exists('/proc/self/fd/' + sys.argv[2]))"
             text = await output(
-                make, *(sys.executable, "-ISc", script, str(w), str(other)), pass_fds=(w,)
+                make,
+                *(sys.executable, "-ISc", script, str(w), str(other)),
+                pass_fds=(w,),
             )
             assert text == "False\n"
             assert os.read(r, 99) == b"passed"
@@ -472,8 +483,6 @@ def test_template_that_dies_meanwhile(arun):
 
 
 def test_programs_die_with_the_application():
-    from .scripts.api_ask import ended
-
     app = subprocess.Popen(
         [
             sys.executable,
@@ -488,7 +497,7 @@ asyncio.run(main())
 """,
         ],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
     )
     pid = int(app.stdout.readline())
     app.kill()

@@ -125,7 +125,8 @@ channel_strings(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "iO:strings", &letter, &sequence) ||
         binding_strs_get(&s, sequence) < 0)
         return NULL;
-    r = afork_outq_list(&c->out, (uint8_t)letter, s.strs, s.n, AFORK_FRAME_MAX);
+    r = afork_outq_list(&c->out, (uint8_t)letter, s.strs, s.n,
+                        AFORK_FRAME_MAX);
     binding_strs_release(&s);
     return status_none(r);
 }
@@ -158,7 +159,8 @@ static PyObject *
 channel_handles(PyObject *self, PyObject *arg)
 {
     Channel *c = (Channel *)self;
-    PyObject *fast = PySequence_Fast(arg, "a sequence of descriptors is needed");
+    PyObject *fast =
+        PySequence_Fast(arg, "a sequence of descriptors is needed");
     int fds[AFORK_FDPASS_MAX], r = 0;
     Py_ssize_t n, have;
 
@@ -182,8 +184,8 @@ channel_handles(PyObject *self, PyObject *arg)
         return PyErr_Occurred() ? NULL : binding_oserror(r);
     }
     for (Py_ssize_t i = 0; i < n; i++) {
-        r = afork_outq_fd_take(&c->out, AFORK_CARRY_BEHIND, AFORK_CMD_HANDLE, NULL, 0,
-                               fds[i], 0);
+        r = afork_outq_fd_take(&c->out, AFORK_CARRY_BEHIND, AFORK_CMD_HANDLE,
+                               NULL, 0, fds[i], 0);
         if (r < 0) {
             close_all(fds + i + 1, n - i - 1);
             break;
@@ -199,10 +201,10 @@ request_fork_take(Channel *c, int sock, uint64_t id)
     int r;
 
     if (!c->plain)
-        return afork_outq_fd_take(&c->out, AFORK_CARRY_FIRST, AFORK_CMD_FORK_ID,
-                                  &id, sizeof id, sock, id);
-    r = afork_outq_fd_take(&c->out, AFORK_CARRY_BEHIND, AFORK_CMD_HANDLE, NULL, 0,
-                           sock, id);
+        return afork_outq_fd_take(&c->out, AFORK_CARRY_FIRST,
+                                  AFORK_CMD_FORK_ID, &id, sizeof id, sock, id);
+    r = afork_outq_fd_take(&c->out, AFORK_CARRY_BEHIND, AFORK_CMD_HANDLE, NULL,
+                           0, sock, id);
     return r < 0 ? r : afork_outq_frame(&c->out, AFORK_CMD_FORK, NULL, 0);
 }
 
@@ -287,7 +289,8 @@ channel_receive(PyObject *self, PyObject *unused)
         return NULL;
     list = PyList_New(0);
     /* Bounds: a peer that never stops must not keep the loop for itself. */
-    for (int n = 0; list && !c->eof && n < RECEIVE_MAX && bytes < RECEIVE_BYTES; n++) {
+    for (int n = 0;
+         list && !c->eof && n < RECEIVE_MAX && bytes < RECEIVE_BYTES; n++) {
         struct afork_frame frame = {.fd = AFORK_NOFD};
         PyObject *item;
 

@@ -10,8 +10,9 @@ binding_oserror_name(int status, PyObject *filename)
     if (status == -ENOMEM)
         return PyErr_NoMemory();
     errno = -status;
-    return filename ? PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, filename)
-                    : PyErr_SetFromErrno(PyExc_OSError);
+    return filename
+               ? PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, filename)
+               : PyErr_SetFromErrno(PyExc_OSError);
 }
 
 PyObject *
@@ -33,7 +34,8 @@ binding_strs_release(struct binding_strs *s)
 int
 binding_strs_get(struct binding_strs *s, PyObject *sequence)
 {
-    PyObject *fast = PySequence_Fast(sequence, "a sequence of bytes is needed");
+    PyObject *fast =
+        PySequence_Fast(sequence, "a sequence of bytes is needed");
     size_t n;
 
     memset(s, 0, sizeof *s);
@@ -135,13 +137,13 @@ static PyMethodDef functions[] = {
 static int
 add_constants(PyObject *module)
 {
-#define ADD(name, letter, text)                                        \
-    if (PyModule_AddIntConstant(module, "CMD_" #name, letter) < 0)     \
+#define ADD(name, letter, text)                                    \
+    if (PyModule_AddIntConstant(module, "CMD_" #name, letter) < 0) \
         return -1;
     AFORK_COMMANDS(ADD)
 #undef ADD
-#define ADD(name, letter, text)                                        \
-    if (PyModule_AddIntConstant(module, "REP_" #name, letter) < 0)     \
+#define ADD(name, letter, text)                                    \
+    if (PyModule_AddIntConstant(module, "REP_" #name, letter) < 0) \
         return -1;
     AFORK_REPORTS(ADD)
 #undef ADD
@@ -193,7 +195,8 @@ static PyModuleDef_Slot slots[] = {
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "afork._afork",
-    .m_doc = "The C core of afork: control sockets, the template server, spawn.",
+    .m_doc =
+        "The C core of afork: control sockets, the template server, spawn.",
     .m_size = sizeof(struct binding_state),
     .m_methods = functions,
     .m_slots = slots,

@@ -59,8 +59,8 @@ get_fds(PyObject *sequence, size_t *ret_n)
         return NULL;
     }
     for (Py_ssize_t i = 0; i < n; i++) {
-        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(sequence, i), "ii", &fds[i].from,
-                              &fds[i].to)) {
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(sequence, i), "ii",
+                              &fds[i].from, &fds[i].to)) {
             PyMem_Free(fds);
             return NULL;
         }
@@ -82,8 +82,8 @@ binding_spawn(PyObject *module, PyObject *args, PyObject *kwargs)
     pid_t pid;
 
     (void)module;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "yOOO:spawn", names, &program,
-                                     &py_argv, &py_env, &py_fds))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "yOOO:spawn", names,
+                                     &program, &py_argv, &py_env, &py_fds))
         return NULL;
     memset(&x, 0, sizeof x);
     argv = get_vector(py_argv);
@@ -151,7 +151,8 @@ binding_exit_status(PyObject *module, PyObject *pidfd)
         return NULL;
     memset(&info, 0, sizeof info);
     info.mask = PIDFD_INFO_EXIT_BIT;
-    if (fd < 0 || fd > INT_MAX || ioctl((int)fd, PIDFD_GET_INFO_V0, &info) < 0 ||
+    if (fd < 0 || fd > INT_MAX ||
+        ioctl((int)fd, PIDFD_GET_INFO_V0, &info) < 0 ||
         !(info.mask & PIDFD_INFO_EXIT_BIT))
         Py_RETURN_NONE;
     return PyLong_FromLong(info.exit_code);

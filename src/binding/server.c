@@ -21,15 +21,15 @@ extern char **environ;
 
 struct py_server {
     struct afork_server server;
-    PyObject *handler;     /* strong */
-    PyObject *func;        /* strong: what run has found, or NULL */
-    PyObject *blank;       /* strong: the socket object that run fills */
+    PyObject *handler; /* strong */
+    PyObject *func;    /* strong: what run has found, or NULL */
+    PyObject *blank;   /* strong: the socket object that run fills */
     PyObject *count_exit_handlers;         /* strong */
     PyObject *name_threading, *name_flush; /* strong: made before any fork */
-    int keep_title;        /* the title was set by hand */
-    PyThreadState *thread; /* released while the loop waits */
-    int dirty;             /* Python has run since the last fork */
-    int clear_atexit;      /* the process has exit handlers a child must not run */
+    int keep_title;                        /* the title was set by hand */
+    PyThreadState *thread;                 /* released while the loop waits */
+    int dirty;        /* Python has run since the last fork */
+    int clear_atexit; /* the process has exit handlers a child must not run */
     struct py_server *outer;
 };
 
@@ -55,8 +55,9 @@ get_failure(PyObject *tuple, struct afork_failure *failure)
     Py_ssize_t len[4];
     int error;
 
-    if (!PyArg_ParseTuple(tuple, "siy#y#y#y#", &stage, &error, &text[0], &len[0],
-                          &text[1], &len[1], &text[2], &len[2], &text[3], &len[3]))
+    if (!PyArg_ParseTuple(tuple, "siy#y#y#y#", &stage, &error, &text[0],
+                          &len[0], &text[1], &len[1], &text[2], &len[2],
+                          &text[3], &len[3]))
         return -1;
     for (int i = 0; i < 4; i++) {
         s[i].data = (const uint8_t *)text[i];
@@ -125,7 +126,8 @@ op_find(void *self, const uint8_t *name, size_t len,
 
         memcpy(full, title, sizeof title - 1);
         memcpy(full + sizeof title - 1, text, len < room ? len : room);
-        afork_proctitle_set(full, sizeof title - 1 + (len < room ? len : room));
+        afork_proctitle_set(full,
+                            sizeof title - 1 + (len < room ? len : room));
     }
     p->thread = PyEval_SaveThread();
     return r;
@@ -137,6 +139,7 @@ op_interrupted(void *self)
     struct py_server *p = self;
 
     PyEval_RestoreThread(p->thread);
+    p->dirty = 1; /* a handler may have printed */
     if (PyErr_CheckSignals() < 0)
         PyErr_WriteUnraisable(p->handler);
     p->thread = PyEval_SaveThread();
@@ -149,6 +152,14 @@ op_environ(void *self)
     return environ;
 }
 
+static void
+die_with(pid_t parent)
+{
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent)
+        _exit(1);
+}
+
 /* fork(2) with CPython's hooks around it.  Needs the GIL; -errno. */
 static pid_t
 fork_python(struct afork_server *server)
@@ -159,8 +170,11 @@ fork_python(struct afork_server *server)
     PyOS_BeforeFork();
     pid = fork();
     saved = errno;
+    /* Before the hooks: they are foreign code. */
     if (pid == 0 && server)
-        afork_server_forked(server, parent); /* the hooks are foreign code */
+        afork_server_forked(server, parent);
+    else if (pid == 0)
+        die_with(parent);
     if (pid == 0)
         PyOS_AfterFork_Child();
     else
@@ -219,7 +233,8 @@ arg_object(struct py_server *p, struct afork_arg *arg)
     case AFORK_ARG_BYTES:
         return PyBytes_FromStringAndSize(data, (Py_ssize_t)arg->len);
     case AFORK_ARG_TEXT:
-        return PyUnicode_DecodeUTF8(data, (Py_ssize_t)arg->len, "surrogatepass");
+        return PyUnicode_DecodeUTF8(data, (Py_ssize_t)arg->len,
+                                    "surrogatepass");
     case AFORK_ARG_HANDLE:
         arg->fd = AFORK_NOFD;
         return PyObject_CallMethod(p->handler, "handle", "i", fd);
@@ -282,7 +297,8 @@ binding_serve(PyObject *module, PyObject *args)
     int fd, plain, r;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "ipO|O:serve", &fd, &plain, &handler, &failure))
+    if (!PyArg_ParseTuple(args, "ipO|O:serve", &fd, &plain, &handler,
+                          &failure))
         return NULL;
     p = PyMem_Calloc(1, sizeof *p);
     if (!p)
@@ -291,7 +307,8 @@ binding_serve(PyObject *module, PyObject *args)
     p->handler = Py_NewRef(handler);
     p->dirty = 1;
     p->blank = PyObject_GetAttrString(handler, "blank");
-    p->count_exit_handlers = PyObject_GetAttrString(handler, "count_exit_handlers");
+    p->count_exit_handlers =
+        PyObject_GetAttrString(handler, "count_exit_handlers");
     p->name_threading = PyUnicode_InternFromString("threading");
     p->name_flush = PyUnicode_InternFromString("flush");
     if (!p->blank || !p->count_exit_handlers || !p->name_threading ||
@@ -325,16 +342,11 @@ binding_serve(PyObject *module, PyObject *args)
 PyObject *
 binding_fork(PyObject *module, PyObject *unused)
 {
-    pid_t parent = getpid(), pid;
+    pid_t pid;
 
     (void)module;
     (void)unused;
     pid = fork_python(NULL);
-    if (pid == 0) {
-        prctl(PR_SET_PDEATHSIG, SIGKILL);
-        if (getppid() != parent)
-            _exit(1);
-    }
     return pid < 0 ? binding_oserror((int)pid) : PyLong_FromLong(pid);
 }
 

@@ -42,7 +42,8 @@ binding_find_loaded(const char *name, size_t len)
     size_t n;
     PyObject *text, *module, *found = NULL;
 
-    for (const char *at = name; !split && (at = memchr(at, '.', len - (size_t)(at - name)));)
+    for (const char *at = name;
+         !split && (at = memchr(at, '.', len - (size_t)(at - name)));)
         if (!memchr(at + 1, '.', len - (size_t)(at + 1 - name)))
             split = at;
         else
@@ -51,7 +52,8 @@ binding_find_loaded(const char *name, size_t len)
     text = split ? PyUnicode_FromStringAndSize(name, (Py_ssize_t)n)
                  : PyUnicode_FromString("__main__");
     /* PyImport_GetModule would look into the module's spec as well. */
-    module = text ? PyDict_GetItemWithError(PyImport_GetModuleDict(), text) : NULL;
+    module =
+        text ? PyDict_GetItemWithError(PyImport_GetModuleDict(), text) : NULL;
     Py_XINCREF(module);
     Py_XDECREF(text);
     if (module) {

@@ -48,7 +48,8 @@ afork_args_add_list(struct afork_args *a, enum afork_arg_kind kind,
     int r;
 
     while ((r = afork_wire_next(&list, &str)) > 0) {
-        struct afork_arg arg = {.kind = kind, .fd = AFORK_NOFD, .len = str.len};
+        struct afork_arg arg = {
+            .kind = kind, .fd = AFORK_NOFD, .len = str.len};
 
         arg.data = malloc(str.len ? str.len : 1);
         if (!arg.data)

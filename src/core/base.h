@@ -18,11 +18,11 @@
 #define AFORK_LOSTFD (-2)
 
 enum {
-    AFORK_HEAD_SIZE = 5,           /* letter + native uint32_t length */
-    AFORK_FRAME_MAX = 16 << 20,    /* bytes of payload; default cap */
-    AFORK_HANDLES_MAX = 64,        /* descriptors pending, or of one request */
-    AFORK_ERROR_MAX = 64 << 10,    /* bytes of one field of an error report */
-    AFORK_FDPASS_MAX = 253,        /* SCM_MAX_FD of Linux */
+    AFORK_HEAD_SIZE = 5,        /* letter + native uint32_t length */
+    AFORK_FRAME_MAX = 16 << 20, /* bytes of payload; default cap */
+    AFORK_HANDLES_MAX = 64,     /* descriptors pending, or of one request */
+    AFORK_ERROR_MAX = 64 << 10, /* bytes of one field of an error report */
+    AFORK_FDPASS_MAX = 253,     /* SCM_MAX_FD of Linux */
 };
 
 #endif

@@ -65,7 +65,8 @@ afork_children_add(struct afork_children *c, pid_t pid, uint64_t id)
 
 /* Reaps the child at an index if it has exited: 1, or 0. */
 static int
-reap_one(struct afork_children *c, size_t at, afork_child_exited *exited, void *arg)
+reap_one(struct afork_children *c, size_t at, afork_child_exited *exited,
+         void *arg)
 {
     struct afork_child child = c->list[at];
     struct rusage usage;
@@ -88,7 +89,8 @@ reap_one(struct afork_children *c, size_t at, afork_child_exited *exited, void *
 }
 
 void
-afork_children_reap(struct afork_children *c, afork_child_exited *exited, void *arg)
+afork_children_reap(struct afork_children *c, afork_child_exited *exited,
+                    void *arg)
 {
     while (c->n) {
         siginfo_t info = {.si_pid = 0};

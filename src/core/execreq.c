@@ -41,7 +41,8 @@ static int
 next_fds(struct afork_strs *list, const struct afork_exec_head *head,
          const struct afork_args *args, struct afork_execreq *q)
 {
-    const struct afork_arg *handles = args->list + (args->n - q->handles);
+    const struct afork_arg *handles =
+        q->handles ? args->list + (args->n - q->handles) : NULL;
     struct afork_str str;
     struct afork_exec_fd fd;
 
@@ -108,8 +109,8 @@ decode(struct afork_execreq *q, struct afork_strs list,
     q->pointers = calloc(argc + 1 + envc + 1, sizeof *q->pointers);
     if (!q->text || !q->pointers)
         return -ENOMEM;
-    if (next_text(&list, &at, &program) < 0 || next_text(&list, &at, &search) < 0 ||
-        next_text(&list, &at, &cwd) < 0)
+    if (next_text(&list, &at, &program) < 0 ||
+        next_text(&list, &at, &search) < 0 || next_text(&list, &at, &cwd) < 0)
         return -EPROTO;
     for (size_t i = 0; i < argc; i++)
         if (next_text(&list, &at, &q->pointers[i]) < 0)

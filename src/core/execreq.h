@@ -28,10 +28,10 @@ struct afork_exec_fd {
  * process's own counts), directory ("" for none), argv, environment. */
 
 struct afork_execreq {
-    struct afork_exec exec; /* points into the fields below */
-    size_t handles;         /* to be dropped from the arguments afterwards */
-    char *text;             /* owned: all strings, NUL-terminated */
-    char **pointers;        /* owned: argv, NULL, envp, NULL */
+    struct afork_exec exec;  /* points into the fields below */
+    size_t handles;          /* to be dropped from the arguments afterwards */
+    char *text;              /* owned: all strings, NUL-terminated */
+    char **pointers;         /* owned: argv, NULL, envp, NULL */
     struct afork_fdmap *fds; /* owned; the descriptors in it are borrowed */
 };
 

@@ -71,7 +71,8 @@ afork_fdpass_recv(int sock, void *data, size_t len, int *ret_fd)
     union {
         struct cmsghdr align;
         /* and room for credentials, should somebody have asked for them */
-        char space[CMSG_SPACE(AFORK_FDPASS_MAX * sizeof(int)) + CMSG_SPACE(64)];
+        char
+            space[CMSG_SPACE(AFORK_FDPASS_MAX * sizeof(int)) + CMSG_SPACE(64)];
     } control;
     struct iovec iov = {.iov_base = data, .iov_len = len};
     struct msghdr msg = {

@@ -75,7 +75,8 @@ static int
 reserve_fds(struct afork_outq *q, size_t more)
 {
     void *p = q->fds;
-    int r = reserve(&p, &q->fds_head, &q->fds_tail, &q->fds_cap, more, sizeof *q->fds);
+    int r = reserve(&p, &q->fds_head, &q->fds_tail, &q->fds_cap, more,
+                    sizeof *q->fds);
 
     q->fds = p;
     return r;
@@ -143,8 +144,9 @@ afork_outq_list(struct afork_outq *q, uint8_t letter,
 }
 
 int
-afork_outq_fd_take(struct afork_outq *q, enum afork_carry carry, uint8_t letter,
-                   const void *payload, size_t len, int fd, uint64_t tag)
+afork_outq_fd_take(struct afork_outq *q, enum afork_carry carry,
+                   uint8_t letter, const void *payload, size_t len, int fd,
+                   uint64_t tag)
 {
     uint64_t frame = afork_outq_end(q);
     int r = reserve_fds(q, 1);

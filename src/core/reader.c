@@ -141,7 +141,8 @@ grow(struct afork_reader *r, uint32_t len)
 }
 
 int
-afork_reader_next(struct afork_reader *r, int sock, struct afork_frame *ret_frame)
+afork_reader_next(struct afork_reader *r, int sock,
+                  struct afork_frame *ret_frame)
 {
     enum afork_carry carry;
     int fd = AFORK_NOFD, n;

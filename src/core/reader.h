@@ -18,7 +18,8 @@ struct afork_reader {
     uint8_t head[AFORK_HEAD_SIZE];
     uint32_t head_got;
     int head_fd; /* owned: what rode on the first byte */
-    uint8_t *payload; /* grows with what has arrived, not with what was announced */
+    uint8_t *
+        payload; /* grows with what has arrived, not with what was announced */
     uint32_t payload_got, payload_cap;
 };
 

@@ -128,10 +128,11 @@ afork_report_spawned(struct afork_server *s, uint64_t id, pid_t pid)
     memcpy(payload + 8, &number, 4);
     fd = open_pidfd(pid); /* our child, not reaped yet: cannot be another's */
     if (fd < 0)
-        afork_outq_frame(&s->out, AFORK_REP_SPAWNED_BARE, payload, sizeof payload);
+        afork_outq_frame(&s->out, AFORK_REP_SPAWNED_BARE, payload,
+                         sizeof payload);
     else
-        afork_outq_fd_take(&s->out, AFORK_CARRY_FIRST, AFORK_REP_SPAWNED, payload,
-                           sizeof payload, fd, 0);
+        afork_outq_fd_take(&s->out, AFORK_CARRY_FIRST, AFORK_REP_SPAWNED,
+                           payload, sizeof payload, fd, 0);
 }
 
 int
@@ -144,7 +145,10 @@ afork_failure_set(struct afork_failure *f, const char *stage, int error,
     struct afork_str strs[6] = {
         {(const uint8_t *)stage, strlen(stage)},
         {(const uint8_t *)number, (size_t)digits},
-        type, message, traceback, filename,
+        type,
+        message,
+        traceback,
+        filename,
     };
     uint8_t *payload;
     int64_t len;

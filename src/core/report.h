@@ -16,8 +16,9 @@ void afork_report_started(struct afork_server *s);
 void afork_report_failure(struct afork_server *s);
 void afork_report_running(struct afork_server *s);
 void afork_report_done(struct afork_server *s, uint64_t token);
-void afork_report_exited(struct afork_server *s, const struct afork_child *child,
-                         int status, const struct rusage *usage);
+void afork_report_exited(struct afork_server *s,
+                         const struct afork_child *child, int status,
+                         const struct rusage *usage);
 void afork_report_failed(struct afork_server *s, uint64_t id, int error,
                          enum afork_stage stage);
 void afork_report_spawned(struct afork_server *s, uint64_t id, pid_t pid);

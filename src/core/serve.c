@@ -21,12 +21,10 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
-#include "execreq.h"
 #include "fd.h"
 #include "report.h"
+#include "serve_parts.h"
 #include "spawn.h"
-
-enum { NEXT = -1 }; /* a handler's "go on"; outcomes are >= 0 */
 
 static struct afork_str
 str_of(const char *text)
@@ -65,8 +63,8 @@ afork_server_free(struct afork_server *s)
 }
 
 /* Sends what goes without waiting; whoever does not read is not waited for. */
-static void
-flush_some(struct afork_server *s)
+void
+afork_server_flush(struct afork_server *s)
 {
     if (afork_outq_flush(&s->out, s->sock) < 0) {
         s->mute = 1;
@@ -75,13 +73,13 @@ flush_some(struct afork_server *s)
 }
 
 /* Sends everything: the socket is about to be somebody else's. */
-static void
-flush_all(struct afork_server *s)
+void
+afork_server_flush_all(struct afork_server *s)
 {
     for (;;) {
         struct pollfd p = {.fd = s->sock, .events = POLLOUT};
 
-        flush_some(s);
+        afork_server_flush(s);
         if (!afork_outq_len(&s->out))
             return;
         poll(&p, 1, -1);
@@ -99,22 +97,23 @@ child_exited(void *arg, const struct afork_child *child, int status,
 }
 
 /* From here on the process executes nothing: it answers forks and waits. */
-static int
-fail(struct afork_server *s, const char *stage, int error, const char *type,
-     const char *message, const char *filename)
+int
+afork_server_fail(struct afork_server *s, const char *stage, int error,
+                  const char *type, const char *message, const char *filename)
 {
     afork_report_started(s);
     if (afork_failure_set(&s->failure, stage, error, str_of(type),
                           str_of(message), str_of(""), str_of(filename)) < 0)
         return -ENOMEM;
     afork_report_failure(s);
-    return s->plain ? -error : NEXT; /* the original ends at its first error */
+    return s->plain ? -error
+                    : AFORK_NEXT; /* the original ends at its first error */
 }
 
-static int
-protocol_error(struct afork_server *s, const char *message)
+int
+afork_server_protocol_error(struct afork_server *s, const char *message)
 {
-    fail(s, "protocol", EPROTO, "ProtocolError", message, "");
+    afork_server_fail(s, "protocol", EPROTO, "ProtocolError", message, "");
     return -EPROTO;
 }
 
@@ -125,7 +124,7 @@ callback_failed(struct afork_server *s)
     if (!s->failure.payload)
         return -ENOMEM;
     afork_report_failure(s);
-    return s->plain ? -ECANCELED : NEXT;
+    return s->plain ? -ECANCELED : AFORK_NEXT;
 }
 
 static int
@@ -134,12 +133,12 @@ handle_command(struct afork_server *s, const struct afork_frame *frame)
     int r;
 
     afork_report_started(s);
-    flush_some(s);
+    afork_server_flush(s);
     afork_signals_open(&s->signals);
     r = s->ops->command(s->self, frame->letter, frame->payload, frame->len,
                         &s->failure);
     afork_signals_close(&s->signals);
-    return r < 0 ? callback_failed(s) : NEXT;
+    return r < 0 ? callback_failed(s) : AFORK_NEXT;
 }
 
 static int
@@ -150,8 +149,8 @@ handle_strings(struct afork_server *s, enum afork_arg_kind kind,
     int r = afork_args_add_list(&s->args, kind, list);
 
     if (r == -EPROTO)
-        return protocol_error(s, "malformed string list");
-    return r < 0 ? r : NEXT;
+        return afork_server_protocol_error(s, "malformed string list");
+    return r < 0 ? r : AFORK_NEXT;
 }
 
 static int
@@ -160,15 +159,16 @@ handle_handle(struct afork_server *s, const struct afork_frame *frame)
     int r = afork_args_add_fd_take(&s->args, frame->fd);
 
     if (r == -EMFILE)
-        return fail(s, "handle", EMFILE, "OSError",
-                    "too many pending descriptors", "");
-    return r < 0 ? r : NEXT;
+        return afork_server_fail(s, "handle", EMFILE, "OSError",
+                                 "too many pending descriptors", "");
+    return r < 0 ? r : AFORK_NEXT;
 }
 
 void
 afork_server_forked(struct afork_server *s, pid_t parent)
 {
-    afork_fd_close(&s->sock); /* a second holder would hide our parent's death */
+    afork_fd_close(
+        &s->sock); /* a second holder would hide our parent's death */
     if (s->plain || s->detached)
         return;
     prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -216,7 +216,8 @@ fork_one_take(struct afork_server *s, int sock, uint64_t id)
         /* The new process's owner asked; its socket is where it listens. */
         afork_outq_init(&q);
         if (afork_failure_set(&f, "fork", -r, str_of("OSError"),
-                              str_of(strerror(-r)), str_of(""), str_of("")) == 0 &&
+                              str_of(strerror(-r)), str_of(""),
+                              str_of("")) == 0 &&
             afork_outq_frame(&q, AFORK_REP_ERROR, f.payload, f.len) == 0)
             afork_outq_flush(&q, sock);
         afork_outq_free(&q);
@@ -249,10 +250,10 @@ fork_for_take(struct afork_server *s, int sock, uint64_t id)
     else if (s->failure.payload)
         answer_failure_take(s, sock);
     else if (fork_one_take(s, sock, id))
-        return NEXT;
+        return AFORK_NEXT;
     /* Also here: a template that is never idle must not collect zombies. */
     afork_children_reap(&s->children, child_exited, s);
-    return NEXT;
+    return AFORK_NEXT;
 }
 
 /* The original's fork: the socket is the last pending argument. */
@@ -262,9 +263,10 @@ handle_fork(struct afork_server *s)
     int sock;
 
     if (!afork_args_tail_is_handles(&s->args, 1))
-        return protocol_error(s, "fork without a socket");
+        return afork_server_protocol_error(s, "fork without a socket");
     sock = afork_args_pop_fd(&s->args);
-    return sock < 0 ? NEXT : fork_for_take(s, sock, 0); /* lost: no id to report */
+    return sock < 0 ? AFORK_NEXT
+                    : fork_for_take(s, sock, 0); /* lost: no id to report */
 }
 
 static int
@@ -275,7 +277,7 @@ handle_fork_id(struct afork_server *s, struct afork_frame *frame)
 
     if (frame->len != sizeof id) {
         afork_fd_close(&sock);
-        return protocol_error(s, "malformed fork request");
+        return afork_server_protocol_error(s, "malformed fork request");
     }
     memcpy(&id, frame->payload, sizeof id);
     return fork_for_take(s, sock, id);
@@ -287,129 +289,38 @@ handle_ready(struct afork_server *s, const struct afork_frame *frame)
     uint64_t token;
 
     if (frame->len != sizeof token)
-        return protocol_error(s, "malformed ready request");
+        return afork_server_protocol_error(s, "malformed ready request");
     memcpy(&token, frame->payload, sizeof token);
     afork_report_started(s);
     afork_report_done(s, token);
-    return NEXT;
+    return AFORK_NEXT;
 }
 
 static int
 handle_run(struct afork_server *s, const struct afork_frame *frame)
 {
     if (afork_args_tail_has_lost(&s->args, s->args.n))
-        return fail(s, "run", EMFILE, "OSError",
-                    "a descriptor was lost: no free slot in the process", "");
+        return afork_server_fail(
+            s, "run", EMFILE, "OSError",
+            "a descriptor was lost: no free slot in the process", "");
     afork_report_started(s);
     if (s->ops->find(s->self, frame->payload, frame->len, &s->failure) < 0)
         return callback_failed(s);
     /* Who reads the report may send a signal at once, to the function. */
     afork_signals_leave(&s->signals);
     afork_report_running(s);
-    flush_all(s);
+    afork_server_flush_all(s);
     return AFORK_ENTER;
-}
-
-static const char *
-failed_name(const struct afork_execreq *q, enum afork_stage stage)
-{
-    if (stage == AFORK_STAGE_CWD)
-        return q->exec.cwd ? q->exec.cwd : "";
-    return stage == AFORK_STAGE_EXEC ? q->exec.program : "";
-}
-
-static int
-handle_exec(struct afork_server *s, const struct afork_frame *frame)
-{
-    struct afork_strs list = {frame->payload, frame->payload + frame->len};
-    enum afork_stage stage = AFORK_STAGE_SETUP;
-    struct afork_execreq q;
-    int r;
-
-    r = afork_execreq_get(&q, list, &s->args, s->ops->environ(s->self));
-    if (r == -EPROTO)
-        return protocol_error(s, "malformed exec request");
-    if (r < 0)
-        return fail(s, "exec", -r, "OSError", strerror(-r), "");
-    afork_report_started(s);
-    flush_all(s);
-    r = -afork_exec_self(&q.exec, &s->sock, &stage);
-    /* Still here: stdio may be gone, so nothing can be executed any more. */
-    r = fail(s, afork_stage_name(stage), r, "OSError", strerror(r),
-             failed_name(&q, stage));
-    afork_execreq_free(&q);
-    return r;
-}
-
-static int
-handle_spawn(struct afork_server *s, const struct afork_frame *frame)
-{
-    struct afork_strs list;
-    struct afork_execreq q;
-    enum afork_stage stage = AFORK_STAGE_SETUP;
-    uint64_t id;
-    pid_t pid;
-    int r;
-
-    if (frame->len < sizeof id)
-        return protocol_error(s, "malformed spawn request");
-    memcpy(&id, frame->payload, sizeof id);
-    list.at = frame->payload + sizeof id;
-    list.end = frame->payload + frame->len;
-    r = afork_execreq_get(&q, list, &s->args, s->ops->environ(s->self));
-    if (r == -EPROTO)
-        return protocol_error(s, "malformed spawn request");
-    if (r == -EMFILE) {
-        /* A lost descriptor, but the others of the request must go. */
-        struct afork_exec_head head;
-        struct afork_str str;
-
-        if (afork_wire_next(&list, &str) > 0 && str.len == sizeof head) {
-            memcpy(&head, str.data, sizeof head);
-            afork_args_drop(&s->args, (size_t)head.handles);
-        }
-    }
-    if (r == 0) {
-        afork_report_started(s);
-        q.exec.deathsig = s->detached ? 0 : SIGKILL;
-        q.exec.parent = getpid();
-        r = afork_children_reserve(&s->children);
-        pid = r < 0 ? r : afork_spawn(&q.exec, &stage);
-        afork_args_drop(&s->args, q.handles);
-        afork_execreq_free(&q);
-        r = pid < 0 ? (int)pid : 0;
-        if (pid > 0) {
-            afork_children_add(&s->children, pid, id);
-            afork_report_spawned(s, id, pid);
-        }
-    }
-    if (r < 0)
-        afork_report_failed(s, id, -r, stage);
-    return NEXT;
-}
-
-/* After an error nothing is executed; the error itself has been reported. */
-static int
-refuse_spawn(struct afork_server *s, const struct afork_frame *frame)
-{
-    uint64_t id;
-
-    if (frame->len < sizeof id)
-        return protocol_error(s, "malformed spawn request");
-    memcpy(&id, frame->payload, sizeof id);
-    afork_args_drop(&s->args, s->args.n); /* the descriptors that came with it */
-    afork_report_failed(s, id, ECANCELED, AFORK_STAGE_NONE);
-    return NEXT;
 }
 
 static int
 dispatch(struct afork_server *s, struct afork_frame *frame)
 {
     if (s->failure.payload && frame->letter == AFORK_CMD_SPAWN)
-        return refuse_spawn(s, frame);
+        return afork_server_refuse_spawn(s, frame);
     if (s->failure.payload && frame->letter != AFORK_CMD_HANDLE &&
         frame->letter != AFORK_CMD_FORK && frame->letter != AFORK_CMD_FORK_ID)
-        return NEXT;
+        return AFORK_NEXT;
     switch (frame->letter) {
     case AFORK_CMD_EVAL:
         return handle_command(s, frame);
@@ -424,7 +335,7 @@ dispatch(struct afork_server *s, struct afork_frame *frame)
     }
     if (s->plain) {
         afork_fd_close(&frame->fd);
-        return protocol_error(s, "unknown command");
+        return afork_server_protocol_error(s, "unknown command");
     }
     switch (frame->letter) {
     case AFORK_CMD_EVAL_TYPED:
@@ -438,11 +349,11 @@ dispatch(struct afork_server *s, struct afork_frame *frame)
     case AFORK_CMD_READY:
         return handle_ready(s, frame);
     case AFORK_CMD_EXEC:
-        return handle_exec(s, frame);
+        return afork_server_exec(s, frame);
     case AFORK_CMD_SPAWN:
-        return handle_spawn(s, frame);
+        return afork_server_spawn(s, frame);
     default:
-        return protocol_error(s, "unknown command");
+        return afork_server_protocol_error(s, "unknown command");
     }
 }
 
@@ -470,7 +381,7 @@ finish(struct afork_server *s)
 {
     for (;;) {
         afork_children_reap(&s->children, child_exited, s);
-        flush_some(s);
+        afork_server_flush(s);
         if (s->plain || (!s->children.n && !afork_outq_len(&s->out)))
             return AFORK_END;
         if (wait_event(s, 1) & (POLLHUP | POLLERR))
@@ -482,14 +393,14 @@ int
 afork_serve(struct afork_server *s)
 {
     struct afork_frame frame;
-    int r = NEXT;
+    int r = AFORK_NEXT;
 
     afork_signals_enter(&s->signals);
     if (s->failure.payload) { /* failed before it began: say so, then answer */
         afork_report_started(s);
         afork_report_failure(s);
     }
-    while (r == NEXT) {
+    while (r == AFORK_NEXT) {
         int got = afork_reader_next(&s->in, s->sock, &frame);
 
         if (got > 0) {
@@ -497,7 +408,7 @@ afork_serve(struct afork_server *s)
         } else if (got == 0) {
             afork_report_started(s);
             afork_children_reap(&s->children, child_exited, s);
-            flush_some(s);
+            afork_server_flush(s);
             wait_event(s, 0);
         } else if (got == -EPIPE) {
             r = finish(s);
@@ -505,11 +416,11 @@ afork_serve(struct afork_server *s)
             const char *why = got == -EMSGSIZE ? "frame over the cap"
                                                : "broken stream of commands";
 
-            fail(s, "protocol", -got, "ProtocolError", why, "");
+            afork_server_fail(s, "protocol", -got, "ProtocolError", why, "");
             r = got;
         }
         if (afork_outq_len(&s->out))
-            flush_some(s);
+            afork_server_flush(s);
     }
     afork_signals_leave(&s->signals);
     return r;

@@ -46,8 +46,8 @@ struct afork_ops {
 };
 
 struct afork_server {
-    int sock; /* owned */
-    int plain; /* the original's protocol and nothing else */
+    int sock;     /* owned */
+    int plain;    /* the original's protocol and nothing else */
     int detached; /* outlives its parent and the application */
     size_t frame_max;
     struct afork_reader in;

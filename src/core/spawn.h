@@ -21,17 +21,17 @@ struct afork_fdmap {
 };
 
 struct afork_exec {
-    const char *program;       /* with a slash as it is, else searched */
-    const char *search;        /* PATH to search; NULL for none */
+    const char *program; /* with a slash as it is, else searched */
+    const char *search;  /* PATH to search; NULL for none */
     char *const *argv;
     char *const *envp;
-    const char *cwd;           /* or NULL */
-    int cwd_fd;                /* borrowed, or AFORK_NOFD; before cwd */
-    int mask;                  /* umask, or -1 */
-    int group;                 /* process group to join, 0 for a new one, or -1 */
-    int session;               /* whether to lead a session of its own */
-    int deathsig;              /* signal when the parent dies, or 0 */
-    pid_t parent;              /* who that is: it may have died already */
+    const char *cwd; /* or NULL */
+    int cwd_fd;      /* borrowed, or AFORK_NOFD; before cwd */
+    int mask;        /* umask, or -1 */
+    int group;       /* process group to join, 0 for a new one, or -1 */
+    int session;     /* whether to lead a session of its own */
+    int deathsig;    /* signal when the parent dies, or 0 */
+    pid_t parent;    /* who that is: it may have died already */
     const struct afork_fdmap *fds;
     size_t nfds;
 };

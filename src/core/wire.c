@@ -10,7 +10,8 @@ afork_wire_carry(enum afork_direction direction, uint8_t letter)
     if (direction == AFORK_TO_PROCESS) {
         if (letter == AFORK_CMD_HANDLE)
             return AFORK_CARRY_BEHIND;
-        return letter == AFORK_CMD_FORK_ID ? AFORK_CARRY_FIRST : AFORK_CARRY_NONE;
+        return letter == AFORK_CMD_FORK_ID ? AFORK_CARRY_FIRST
+                                           : AFORK_CARRY_NONE;
     }
     return letter == AFORK_REP_STARTED || letter == AFORK_REP_SPAWNED
                ? AFORK_CARRY_FIRST
@@ -18,7 +19,8 @@ afork_wire_carry(enum afork_direction direction, uint8_t letter)
 }
 
 void
-afork_wire_put_head(uint8_t head[AFORK_HEAD_SIZE], uint8_t letter, uint32_t len)
+afork_wire_put_head(uint8_t head[AFORK_HEAD_SIZE], uint8_t letter,
+                    uint32_t len)
 {
     head[0] = letter;
     memcpy(head + 1, &len, sizeof len); /* native order, as the original */

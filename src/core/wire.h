@@ -13,31 +13,31 @@
  * and all that a plain server knows; the others are only sent to a process
  * that was started in afork mode.
  */
-#define AFORK_COMMANDS(X)                                                     \
-    X(EVAL, 'e', "code and byte arguments, a string list")                    \
-    X(ARGS, 'a', "byte arguments, a string list")                             \
-    X(HANDLE, 'h', "a descriptor follows, on a NUL byte of its own")          \
-    X(FORK, 'f', "fork; the last pending argument is the new socket")         \
-    X(RUN, 'r', "the function to enter")                                      \
-    X(EVAL_TYPED, 'E', "code, then arguments, each behind 'b' or 't'")        \
-    X(TEXT, 't', "text arguments, a string list in UTF-8")                    \
-    X(IMPORT, 'm', "modules to import, a string list")                        \
-    X(SET, 's', "settings, a string list of key, value, key, value ...")      \
-    X(FORK_ID, 'F', "uint64 id; the new socket rides on the first byte")      \
-    X(READY, 'y', "uint64 token: answer with done when all before it ran")    \
-    X(EXEC, 'x', "become a program")                                          \
+#define AFORK_COMMANDS(X)                                                  \
+    X(EVAL, 'e', "code and byte arguments, a string list")                 \
+    X(ARGS, 'a', "byte arguments, a string list")                          \
+    X(HANDLE, 'h', "a descriptor follows, on a NUL byte of its own")       \
+    X(FORK, 'f', "fork; the last pending argument is the new socket")      \
+    X(RUN, 'r', "the function to enter")                                   \
+    X(EVAL_TYPED, 'E', "code, then arguments, each behind 'b' or 't'")     \
+    X(TEXT, 't', "text arguments, a string list in UTF-8")                 \
+    X(IMPORT, 'm', "modules to import, a string list")                     \
+    X(SET, 's', "settings, a string list of key, value, key, value ...")   \
+    X(FORK_ID, 'F', "uint64 id; the new socket rides on the first byte")   \
+    X(READY, 'y', "uint64 token: answer with done when all before it ran") \
+    X(EXEC, 'x', "become a program")                                       \
     X(SPAWN, 'X', "uint64 id, then as exec: start a program")
 
 /* Reports, process to application; only in afork mode. */
-#define AFORK_REPORTS(X)                                                     \
-    X(STARTED, 'p', "uint32 pid; its pidfd rides on the first byte")         \
-    X(STARTED_BARE, 'n', "uint32 pid; no pidfd could be made")               \
-    X(ERROR, 'e', "stage, errno, type, message, traceback, filename")        \
-    X(RUNNING, 'r', "the function is entered; all later bytes are its own")  \
+#define AFORK_REPORTS(X)                                                      \
+    X(STARTED, 'p', "uint32 pid; its pidfd on the first byte")                \
+    X(STARTED_BARE, 'n', "uint32 pid; no pidfd could be made")                \
+    X(ERROR, 'e', "stage, errno, type, message, traceback, filename")         \
+    X(RUNNING, 'r', "the function is entered; all later bytes are its own")   \
     X(EXITED, 'x', "uint64 id, uint32 pid, int32 status, 18 int64 of rusage") \
-    X(DONE, 'd', "uint64 token")                                             \
-    X(FAILED, 'f', "uint64 id, int32 errno, uint8 stage: no such process")   \
-    X(SPAWNED, 's', "uint64 id, uint32 pid; its pidfd rides on the first byte") \
+    X(DONE, 'd', "uint64 token")                                              \
+    X(FAILED, 'f', "uint64 id, int32 errno, uint8 stage: no such process")    \
+    X(SPAWNED, 's', "uint64 id, uint32 pid; its pidfd on the first byte")     \
     X(SPAWNED_BARE, 'b', "uint64 id, uint32 pid; no pidfd could be made")
 
 #define AFORK_LETTER(name, letter, text) AFORK_CMD_##name = letter,
@@ -60,7 +60,8 @@ enum afork_carry {
     AFORK_CARRY_BEHIND, /* on a NUL byte of its own, behind the frame */
     AFORK_CARRY_FIRST,  /* on the first byte of the frame */
 };
-enum afork_carry afork_wire_carry(enum afork_direction direction, uint8_t letter);
+enum afork_carry afork_wire_carry(enum afork_direction direction,
+                                  uint8_t letter);
 
 void afork_wire_put_head(uint8_t head[AFORK_HEAD_SIZE], uint8_t letter,
                          uint32_t len);

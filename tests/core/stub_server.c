@@ -153,10 +153,12 @@ op_find(void *self, const uint8_t *name, size_t len,
         struct afork_failure *ret_failure)
 {
     static const char *const known[] = {"dump", "hold", "exit:", "kill:"};
+    sigset_t now;
 
     (void)self;
-    dprintf(log_fd, "%d find %.*s\n", getpid(), len < 200 ? (int)len : 200,
-            name);
+    sigprocmask(SIG_BLOCK, NULL, &now);
+    dprintf(log_fd, "%d find %.*s%s\n", getpid(), len < 200 ? (int)len : 200,
+            name, sigismember(&now, SIGCHLD) ? "" : " with CHLD open");
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
         if (len >= sizeof function || len < strlen(known[i]) ||
             memcmp(name, known[i], strlen(known[i])))

@@ -31,7 +31,10 @@ class Server(Peer):
         command = [program, str(theirs.fileno()), str(log), flags]
         with theirs:
             self.process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno(), log], stdin=subprocess.DEVNULL
+                command,
+                pass_fds=[theirs.fileno(), log],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PATH": "/bin:/usr/bin"},
             )
         os.close(log)
         self.pid = self.process.pid
@@ -492,10 +495,12 @@ def test_workers_signals(build, started):
 
 
 def test_chld_is_open_while_code_runs(started):
+    """... and closed again behind it: else its signal is lost before the wait."""
     started.eval(b"mask")
-    started.sock.shutdown(socket.SHUT_WR)
+    started.run(b"exit:0")
     log = started.log()
     assert signal.SIGCHLD not in mask(log, "SigBlk:")
+    assert "find exit:0" in log
 
 
 # Lost descriptors

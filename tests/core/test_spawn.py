@@ -334,6 +334,9 @@ def test_path_search(run, tmp_path, probe):
     (tmp_path / "a" / "prog").write_text("")  # not executable
     (tmp_path / "a" / "other").write_text("garbage")
     (tmp_path / "a" / "other").chmod(0o755)
+    (tmp_path / "a" / "mixed").write_text("")  # EACCES
+    (tmp_path / "b" / "mixed").write_text("garbage")  # ENOEXEC
+    (tmp_path / "b" / "mixed").chmod(0o755)
     (tmp_path / "file").write_text("")
     run(
         f"""
@@ -361,6 +364,9 @@ def test_path_search(run, tmp_path, probe):
         assert started("/nonexistent:/also") == ("ENOENT", "exec")
         assert started(here + "/file") == ("ENOENT", "exec")
         assert started(here + "/a", "other") == ("ENOEXEC", "exec")
+        # The first reason is the one that is told.
+        assert started(here + "/a:" + here + "/b", "mixed") == ("EACCES", "exec")
+        assert started(here + "/b:" + here + "/a", "mixed") == ("ENOEXEC", "exec")
         # An empty entry is the directory of the new program.
         for search in "", ":/nonexistent", "/nonexistent:", "/x::/y":
             assert started(search) == ("ENOENT", "exec")

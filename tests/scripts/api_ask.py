@@ -12,6 +12,13 @@ from typing import Any
 
 import afork
 
+ROOT = Path(__file__).parents[2]
+PACKAGE = Path(afork.__file__).parents[1]
+
+#: For applications in a fresh interpreter: the package under test, which may
+#: be an installed one, and only then this folder, for these helpers.
+PYTHONPATH = f"{PACKAGE}:{ROOT}"
+
 
 async def read_all(sock: Any) -> bytes:
     """Everything that comes out of a socket until its end; closes it."""
@@ -49,6 +56,14 @@ async def read_pipe(fd: int) -> bytes:
         return await reader.read()
     finally:
         transport.close()
+
+
+async def code_is_lost_or(code: int, f: afork.Fork) -> bool:
+    """Wait for a process whose status only some kernels tell."""
+    try:
+        return await f.wait() == code == f.returncode
+    except afork.WorkerLost as exc:
+        return (exc.pid, exc.status, f.returncode) == (f.pid, None, None)
 
 
 def ended(pid: int, seconds: float = 10.0) -> bool:

@@ -2,8 +2,9 @@
 #
 #    perl interop_client.pl SERVER SCENARIO [DESCRIPTOR]
 #
-# SERVER is the path of afork-serve.  Each scenario is one sub below; it prints
-# what a test then compares.
+# SERVER is the path of afork-serve.  DESCRIPTOR is the socket of a process that
+# exists already: then all processes are forked from that.  Each scenario is one
+# sub below; it prints what a test then compares.
 use strict;
 use warnings;
 
@@ -17,6 +18,14 @@ $AnyEvent::Fork::PERL = $server;
 $| = 1;
 
 alarm 10; # a hang must end, whatever it waits in
+
+my $root;
+if (defined $descriptor && $scenario ne "to_fh") {
+   open my $sock, "+<&=$descriptor" or die;
+   $root = AnyEvent::Fork->new_from_fh($sock);
+}
+
+sub fresh { $root ? $root->fork : AnyEvent::Fork->new }
 
 # The socket that run has given, set to blocking as is usual for tests.
 sub entered {
@@ -51,7 +60,7 @@ PYTHON
 
 my %scenario = (
    eval => sub {
-      my $proc = AnyEvent::Fork->new
+      my $proc = fresh()
          ->eval("import os; kept = args, type(args).__name__", "a" x 3, "", "\xff\x00")
          ->eval("def tell(sock):\n  sock.sendall(repr((kept, __name__)).encode())")
          ->eval("") ->eval("seen = 'args' in globals(); del args");
@@ -61,7 +70,7 @@ my %scenario = (
    },
    arguments => sub {
       pipe my $r, my $w or die;
-      my $proc = AnyEvent::Fork->new->eval(<<'PYTHON')
+      my $proc = fresh()->eval(<<'PYTHON')
 def show(sock, *args):
     kinds = [type(a).__name__ for a in args]
     args[2].write(b"through the pipe")
@@ -75,7 +84,7 @@ PYTHON
       print <$r>, "\n";
    },
    fork => sub { # arguments are copied at the fork, later ones are not shared
-      my $proc = AnyEvent::Fork->new->eval($SHOW)->send_arg("all");
+      my $proc = fresh()->eval($SHOW)->send_arg("all");
       my $one = $proc->fork->send_arg("one");
       $proc->send_arg("later");
       my $two = $proc->fork->eval("generation = 2");
@@ -84,19 +93,19 @@ PYTHON
       print answer (entered $_, "show"), "\n" for $four, $one, $three, $two, $proc;
    },
    require => sub {
-      my $proc = AnyEvent::Fork->new->require("json", "os::path")->eval(<<'PYTHON');
+      my $proc = fresh()->require("json", "os::path")->eval(<<'PYTHON');
 def tell(sock):
     sock.sendall(repr((json.loads("[1]"), os.path.basename("/a/b"))).encode())
 PYTHON
       print answer (entered $proc, "tell"), "\n";
-      $proc = AnyEvent::Fork->new;
+      $proc = fresh();
       $proc->run("os::path::abspath", my $cv = AE::cv); # needs a path: a TypeError
       my $fh = $cv->recv;
       AnyEvent::Util::fh_nonblocking $fh, 0;
       print "after it: ", answer ($fh), "\n";
    },
    echo => sub { # bytes sent behind run, before there is a process, are its own
-      my $proc = AnyEvent::Fork->new->eval(<<'PYTHON');
+      my $proc = fresh()->eval(<<'PYTHON');
 def echo(sock):
     with sock, sock.makefile("rwb") as stream:
         for line in stream:
@@ -110,15 +119,15 @@ PYTHON
    },
    errors => sub {
       for my $code ("1 / 0", "def def", "import no_such_module") {
-         print "$code: ", closed (AnyEvent::Fork->new->eval($code)), "\n";
+         print "$code: ", closed (fresh()->eval($code)), "\n";
       }
       for my $function ("nothing", "json::nothing", "") {
-         print "run $function: ", answer (entered (AnyEvent::Fork->new, $function)), "\n";
+         print "run $function: ", answer (entered (fresh(), $function)), "\n";
       }
-      my $proc = AnyEvent::Fork->new->eval("1 / 0");
+      my $proc = fresh()->eval("1 / 0");
       my $child = $proc->fork; # all in its socket before it exists
       print "fork after an error: ", closed ($proc), " ", closed ($child), "\n";
-      $proc = AnyEvent::Fork->new->eval($SHOW);
+      $proc = fresh()->eval($SHOW);
       print "the next: ", answer (entered $proc, "show"), "\n";
    },
    statuses => sub {
@@ -135,7 +144,7 @@ PYTHON
    big => sub {
       my $size = 5_000_000;
       my $text = pack "N*", 1 .. $size / 4;
-      my $proc = AnyEvent::Fork->new->eval(<<'PYTHON', $text)
+      my $proc = fresh()->eval(<<'PYTHON', $text)
 import hashlib
 first = hashlib.sha256(args[0]).hexdigest()
 def show(sock, text):
@@ -148,7 +157,7 @@ PYTHON
       print $first eq $sum && $second eq $sum ? "same" : "different", " $len\n";
    },
    fan_out => sub {
-      my $proc = AnyEvent::Fork->new->eval($SHOW)->send_arg("all");
+      my $proc = fresh()->eval($SHOW)->send_arg("all");
       my (@fh, %answer);
       my $cv = AE::cv;
       for my $n (1 .. 50) {
@@ -163,14 +172,12 @@ PYTHON
       $answer{answer $fh[$_]}++ for 1 .. 50;
       print scalar keys %answer, " ", exists $answer{"(b'all', b'50')"} ? 1 : 0, "\n";
    },
-   # The other two get a descriptor from the test.
-   from_fh => sub { # a process of ours was handed over: configure, fork and run it
-      open my $sock, "+<&=$descriptor" or die;
-      my $proc = AnyEvent::Fork->new_from_fh($sock)->eval($SHOW)->send_arg("perl");
+   taken => sub { # the process that was handed over, itself
+      my $proc = $root->eval($SHOW)->send_arg("perl");
       my $child = $proc->fork->send_arg("child");
       print answer (entered $_, "show"), "\n" for $child, $proc;
    },
-   to_fh => sub { # hand one of our processes over
+   to_fh => sub { # hand a process over, through the descriptor
       open my $sock, "+<&=$descriptor" or die;
       my $proc = AnyEvent::Fork->new->eval($SHOW)->send_arg("perl");
       $proc->to_fh(my $cv = AE::cv);

@@ -17,12 +17,20 @@ async def main() -> None:
         sock = await TEMPLATE.to_fh(plain=True)
         import afork
 
-        afork.Fork.new_from_fh(sock.dup(), plain=True).eval(
-            "print('ok from the process,', prepared); raise SystemExit"
-        )
-        assert await asyncio.get_running_loop().sock_recv(sock, 1) == b""
+        loop = asyncio.get_running_loop()
+        template = afork.Fork.new_from_fh(sock.dup(), plain=True)
+        child = template.fork()
+        template.eval("print('ok from the process,', prepared); raise SystemExit")
+        del template
+        assert await loop.sock_recv(sock, 1) == b""
         sock.close()
         assert await TEMPLATE.wait() == 0
+
+        # Its child has not held our end's peer open, and lives on.
+        child.eval("def answer(sock): sock.sendall(prepared.encode())")
+        sock = await child.run("answer")
+        assert await loop.sock_recv(sock, 99) == b"prepared"
+        sock.close()
     print("ok from the application,", prepared)
 
 

@@ -1,0 +1,164 @@
+"""What is known of a process, and who waits to hear of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+from ._hub import IN, OUT, hub, wake
+
+if TYPE_CHECKING:
+    import asyncio
+    import socket
+
+    from . import _afork
+    from ._process import Process
+
+_ids = itertools.count(1)
+
+
+def next_id() -> int:
+    """A number for a process or a request, unique in this application."""
+    return next(_ids)
+
+
+class State:
+    """The state of a process, and the futures that wait for it to change."""
+
+    # Defaults are the class's: most processes never leave most of them.
+
+    pid: int | None = None
+    pidfd = -1  # owned
+    #: Whether it is our child, and ours to reap.
+    direct = False
+    #: The function is entered.
+    running = False
+    #: It is a program by now.
+    executed = False
+    #: Our end of the socket once run has taken it over; owned until given.
+    sock: socket.socket | None = None
+    error: BaseException | None = None
+    was_logged = False
+    #: Highest token of a ready request that was answered.
+    done = 0
+    #: Nothing can be written any more; what explains it may be readable.
+    broken = False
+    #: Its socket has come to an end.
+    gone = False
+    #: Its end is known, or will not be known any more (status None).
+    exited = False
+    status: int | None = None
+    usage: tuple[int, ...] | None = None
+    #: It has made processes of its own.
+    forked = False
+    #: "run", "exec" or "to_fh" once it was asked to become something.
+    claimed = ""
+    #: Nobody will await what it was asked to become.
+    forgotten = False
+    #: No Fork object refers to it any more.
+    dropped = False
+    #: Its end has been asked for.
+    released = False
+    #: What to call with our end of the socket.
+    callback: Callable[[socket.socket], object] | None = None
+    #: Names for the message of a failed start, by its stage.
+    names: tuple[str, ...] = ()
+    #: It was moved to another template once.
+    moved = False
+    #: Its reports are read when somebody asks, not as they come.
+    quiet = False
+    _listeners = 0
+    _expecting = False
+    _losing = False
+    _watching_exit = False
+
+    def __init__(
+        self,
+        channel: _afork.Channel | None,
+        *,
+        id: int = 0,
+        parent: Process | None = None,
+        plain: bool = False,
+    ) -> None:
+        self.id = id
+        self.channel = channel
+        self.plain = plain
+        self.parent = parent
+        #: Processes whose exit this one will report, by id.
+        self.children: dict[int, Process] = {}
+        #: Signals to be sent once it has started.
+        self.signals: list[int] = []
+        #: Descriptors among the pending arguments.
+        self.handles: int = parent.handles if parent else 0
+        #: It was forked from the main program.
+        self.has_main: bool = parent.has_main if parent else False
+        #: The sys.path that it has been told.
+        self.path: list[str] = parent.path if parent else []
+        self._waiters: list[asyncio.Future[None]] = []
+        self._exit_callbacks: list[Callable[[], None]] = []
+
+    # -- waiting
+
+    async def until(self, happened: Callable[[], bool]) -> None:
+        """Wait until a report has made the predicate true."""
+        loop = hub().attach()
+        # Another thread's loop may read the report between any two steps.
+        lock = hub().lock
+        with lock:
+            self._listen(1)
+        try:
+            while True:
+                with lock:
+                    if happened():
+                        return
+                    future = loop.create_future()
+                    self._waiters.append(future)
+                try:
+                    await future
+                finally:
+                    with lock:
+                        if future in self._waiters:
+                            self._waiters.remove(future)
+        finally:
+            with lock:
+                self._listen(-1)
+
+    def _wake(self) -> None:
+        if self._waiters:
+            waiters, self._waiters = self._waiters, []
+            for future in waiters:
+                wake(future)
+
+    # -- listening
+
+    def be_quiet(self) -> None:
+        """Do not wake a loop for every child that exits.
+
+        For the default template: most of its children are of no interest to
+        anybody once they run. Its end is noticed at once all the same.
+        """
+        self.quiet = True
+        self._set_events()
+
+    def _listen(self, more: int) -> None:
+        before = self._listeners
+        self._listeners += more
+        if self.quiet and bool(before) != bool(self._listeners):
+            self._set_events()
+
+    def _set_events(self) -> None:
+        channel = self.channel
+        if channel is not None:
+            events = 0 if self.quiet and not self._listeners else IN
+            if channel.queued and not self.broken:
+                events |= OUT
+            hub().change(channel.fileno(), events)
+
+    def adopt(self, child: Process) -> None:
+        """Be the one who reports the child's end from now on."""
+        child.parent = cast("Process", self)
+        self.children[child.id] = child
+        self.forked = True
+        if child._expecting:
+            self._listen(1)

@@ -1,0 +1,29 @@
+/* What the files of the server loop use of each other; nobody else does. */
+#ifndef AFORK_SERVE_PARTS_H
+#define AFORK_SERVE_PARTS_H
+
+#include "serve.h"
+
+enum { AFORK_NEXT = -1 }; /* a handler's "go on"; outcomes are >= 0 */
+
+/* Sends what goes without waiting; whoever does not read is not waited for. */
+void afork_server_flush(struct afork_server *s);
+/* Sends everything: the socket is about to be somebody else's. */
+void afork_server_flush_all(struct afork_server *s);
+/* From here on the process executes nothing: it answers forks and waits. */
+int afork_server_fail(struct afork_server *s, const char *stage, int error,
+                      const char *type, const char *message,
+                      const char *filename);
+/* The stream means nothing any more: reports that, and ends the loop. */
+int afork_server_protocol_error(struct afork_server *s, const char *message);
+
+/* EXEC: returns only if the program could not be executed. */
+int afork_server_exec(struct afork_server *s, const struct afork_frame *frame);
+/* SPAWN. */
+int afork_server_spawn(struct afork_server *s,
+                       const struct afork_frame *frame);
+/* SPAWN after an error: nothing is executed any more. */
+int afork_server_refuse_spawn(struct afork_server *s,
+                              const struct afork_frame *frame);
+
+#endif
