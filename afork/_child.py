@@ -40,6 +40,13 @@ serving = False
 #: Whether the application's main program is being executed here once more.
 loading_main = False
 
+#: What 3.15 adds to a missing module where -S was given: not true of us, as
+#: the search path is the application's.
+_SITE_HINT = (
+    ". Site initialization is disabled, did you forget to add the site-packages "
+    "directory to sys.path or to enable your virtual environment?"
+)
+
 #: Source of evaluated code by the file name that tracebacks show.
 _sources: dict[str, str] = {}
 
@@ -59,7 +66,8 @@ def _format(exc: BaseException) -> str:
     # Our own frames say nothing to the author of the code.
     while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
         tb = tb.tb_next
-    return "".join(traceback.format_exception(type(exc), exc, tb))
+    text = "".join(traceback.format_exception(type(exc), exc, tb))
+    return text.replace(_SITE_HINT, "")
 
 
 def _failure(stage: str, exc: BaseException) -> Failure:
@@ -280,12 +288,15 @@ class Handler:
             if spec is None or spec.loader is None:
                 raise ImportError(f"cannot find the main module {text!r}")
             module.__spec__ = spec
+            module.__loader__ = spec.loader
             module.__package__ = spec.parent
             module.__file__ = spec.origin
             code = spec.loader.get_code(spec.name)  # type: ignore[attr-defined]
         else:
             path = os.fsdecode(name)
             module.__file__ = path
+            # Half of the two is a warning when a traceback is made (3.15).
+            del module.__spec__, module.__loader__
             with open(path, "rb") as file:
                 code = compile(file.read(), path, "exec", dont_inherit=True)
         sys.modules["__main__"] = sys.modules["__mp_main__"] = module

@@ -31,6 +31,11 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_finish() -> None:
+    import hypothesis
+
+    # It looks for who refers to its random generators, on its first use; who
+    # is frozen cannot be seen.
+    hypothesis.find(hypothesis.strategies.none(), lambda _: True)
     # The guard collects around every test: not what the suite itself consists of.
     gc.collect()
     gc.freeze()

@@ -132,7 +132,7 @@ def test_perl_sees_the_end_of_what_failed(drive):
     assert err.count("\nZeroDivisionError: division by zero\n") == 2
     assert err.count("\nSyntaxError: ") == 1
     assert err.count("\nModuleNotFoundError: No module named 'no_such_module'\n") == 1
-    assert err.count("]: AttributeError: ") == 3
+    assert err.count("AttributeError: ") == 3
 
 
 def test_perl_learns_exit_statuses_of_its_children(client):

@@ -222,7 +222,7 @@ def test_who_survives_the_application(detached, how):
 
     line = "f.set(detach=True)" if detached else ""
     app = subprocess.Popen(
-        [sys.executable, "-c", DETACH.replace("DETACH", line)],
+        [sys.executable, "-P", "-c", DETACH.replace("DETACH", line)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

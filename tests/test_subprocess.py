@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,9 @@ def _join_waiters():
     for thread in threading.enumerate():
         if "waitpid" in thread.name:
             thread.join()
+            # for Python it is gone already; nothing tells when the kernel agrees
+            while Path(f"/proc/self/task/{thread.native_id}").exists():
+                os.sched_yield()
 
 
 async def output(make, *command, **kwargs) -> str:
@@ -65,6 +69,9 @@ async def output(make, *command, **kwargs) -> str:
 
 
 def test_surface(arun, make):
+    # The standard library's own has stopped to raise in 3.14.
+    silent = make is asyncio.create_subprocess_exec and sys.version_info >= (3, 14)
+
     async def main():
         p = await make("sh", "-c", "exit 3")
         assert type(p) is asyncio.subprocess.Process
@@ -73,8 +80,9 @@ def test_surface(arun, make):
         assert await p.wait() == 3
         assert p.returncode == 3
         assert await p.wait() == 3
-        with pytest.raises(ProcessLookupError):
-            p.send_signal(0)
+        if not silent:
+            with pytest.raises(ProcessLookupError):
+                p.send_signal(0)
 
     arun(main)
 
@@ -486,6 +494,7 @@ def test_programs_die_with_the_application():
     app = subprocess.Popen(
         [
             sys.executable,
+            "-P",
             "-c",
             """
 import asyncio, afork

@@ -3,6 +3,8 @@
 #include "signals.h"
 
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 static const int managed[AFORK_MANAGED] = {SIGINT, SIGQUIT, SIGTERM,
                                            SIGHUP, SIGTSTP, SIGCHLD};
@@ -91,15 +93,23 @@ afork_signals_restore(const sigset_t *old)
 void
 afork_signals_default(void)
 {
+    unsigned long kernel_dfl[8];
     struct sigaction dfl, now;
     sigset_t none;
 
     memset(&dfl, 0, sizeof dfl);
     dfl.sa_handler = SIG_DFL;
-    /* glibc refuses the two that it keeps for itself. */
     for (int sig = 1; sig < NSIG; sig++)
         if (sigaction(sig, NULL, &now) == 0 && now.sa_handler != SIG_DFL)
             sigaction(sig, &dfl, NULL);
+    /*
+     * glibc refuses the two that it keeps for itself, but they may have been
+     * ignored by whoever started us: the kernel's struct, all zero, is
+     * SIG_DFL.
+     */
+    memset(kernel_dfl, 0, sizeof kernel_dfl);
+    for (int sig = 32; sig < 34; sig++)
+        syscall(SYS_rt_sigaction, sig, kernel_dfl, NULL, (size_t)(_NSIG / 8));
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
 }

@@ -136,6 +136,7 @@ long
 __wrap_syscall(long number, ...)
 {
     long a, b, c;
+    void *set, *old;
     va_list list;
 
     if ((number == SYS_close_range && shim.no_close_range) ||
@@ -143,8 +144,16 @@ __wrap_syscall(long number, ...)
         errno = number == SYS_close_range ? EINVAL : ENOSYS;
         return -1;
     }
-    /* Each of the two takes at most three small arguments. */
     va_start(list, number);
+    if (number == SYS_rt_sigaction) {
+        a = va_arg(list, int);
+        set = va_arg(list, void *);
+        old = va_arg(list, void *);
+        b = (long)va_arg(list, size_t);
+        va_end(list);
+        return __real_syscall(number, a, set, old, b);
+    }
+    /* Each of the other two takes at most three small arguments. */
     a = va_arg(list, int);
     b = va_arg(list, int);
     c = number == SYS_close_range ? va_arg(list, int) : 0;

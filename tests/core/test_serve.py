@@ -471,7 +471,9 @@ def test_signals_do_not_end_a_template(started):
 def mask(lines, name: str) -> set[int]:
     (line,) = [x for x in lines if x.startswith(name)]
     bits = int(line.split()[1], 16)
-    return {n for n in range(1, 65) if bits & 1 << n - 1}
+    # 32 and 33 are glibc's; some starters leave them ignored, and sigaction
+    # refuses to change that.
+    return {n for n in range(1, 65) if bits & 1 << n - 1} - {32, 33}
 
 
 def test_workers_signals(build, started):
