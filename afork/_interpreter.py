@@ -198,20 +198,38 @@ def update_path(process: Process) -> None:
         process.channel.strings(_afork.CMD_SET, [b"path", _pack(*entries)])
 
 
+#: The sys.path looked at last, the working directory if that had a part in the
+#: result, and the result: asked for at every start.
+_seen: tuple[list[str], str | None, list[str]] = ([], None, [])
+
+
 def _entries() -> list[str]:
     """The application's sys.path as its processes have to spell it."""
-    entries = []
-    for entry in sys.path:
+    global _seen
+    raw, directory, entries = _seen
+    if raw == sys.path and (directory is None or directory == _directory()):
+        return entries
+    raw, directory, entries = list(sys.path), None, []
+    for entry in raw:
         if not isinstance(entry, str):
             continue
         if not entry.startswith("/"):
             # '' is the working directory of whoever looks, but only we mean ours.
-            try:
-                entry = os.path.abspath(entry)
-            except FileNotFoundError:
+            directory = _directory()
+            if not directory:
                 continue  # it has been removed, and all that was in it
+            entry = os.path.normpath(os.path.join(directory, entry))
         entries.append(entry)
+    _seen = raw, directory, entries
     return entries
+
+
+def _directory() -> str:
+    """The working directory, or "" once it has been removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return ""
 
 
 def _pack(*paths: str) -> bytes:
