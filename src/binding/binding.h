@@ -9,6 +9,7 @@
 
 struct binding_state {
     PyTypeObject *channel_type;
+    PyTypeObject *link_type;
 };
 
 /* Sets OSError from a core status (< 0) and returns NULL. */
@@ -26,6 +27,9 @@ void binding_strs_release(struct binding_strs *s);
 
 /* channel.c */
 extern PyType_Spec binding_channel_spec;
+
+/* link.c */
+extern PyType_Spec binding_link_spec;
 
 /* server.c */
 PyObject *binding_serve(PyObject *module, PyObject *args);

@@ -1,8 +1,10 @@
-/* The module afork._afork: its functions, its type, its constants. */
+/* The module afork._afork: its functions, its types, its constants. */
 #include "binding.h"
 
 #include <errno.h>
 #include <string.h>
+
+#include "link.h"
 
 PyObject *
 binding_oserror_name(int status, PyObject *filename)
@@ -116,6 +118,22 @@ pack_strings(PyObject *module, PyObject *sequence)
     return bytes;
 }
 
+/* Where memory is: to find out whether it lies in a mapping of ours. */
+static PyObject *
+buffer_address(PyObject *module, PyObject *obj)
+{
+    Py_buffer view;
+    PyObject *pair;
+
+    (void)module;
+    if (PyObject_GetBuffer(obj, &view, PyBUF_SIMPLE) < 0)
+        return NULL;
+    pair =
+        Py_BuildValue("Kn", (unsigned long long)(uintptr_t)view.buf, view.len);
+    PyBuffer_Release(&view);
+    return pair;
+}
+
 static PyMethodDef functions[] = {
     {"serve", binding_serve, METH_VARARGS, NULL},
     {"fork", binding_fork, METH_NOARGS, NULL},
@@ -131,6 +149,7 @@ static PyMethodDef functions[] = {
     {"get_umask", binding_get_umask, METH_NOARGS, NULL},
     {"pack_strings", pack_strings, METH_O, NULL},
     {"unpack_strings", unpack_strings, METH_O, NULL},
+    {"buffer_address", buffer_address, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -149,7 +168,17 @@ add_constants(PyObject *module)
 #undef ADD
     if (PyModule_AddIntConstant(module, "FRAME_MAX", AFORK_FRAME_MAX) < 0)
         return -1;
+    if (PyModule_AddIntConstant(module, "LINK_FRAME_MAX",
+                                AFORK_LINK_FRAME_MAX) < 0)
+        return -1;
     return PyModule_AddIntConstant(module, "HANDLES_MAX", AFORK_HANDLES_MAX);
+}
+
+static int
+add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **ret_type)
+{
+    *ret_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
+    return *ret_type ? PyModule_AddType(module, *ret_type) : -1;
 }
 
 static int
@@ -157,10 +186,8 @@ module_exec(PyObject *module)
 {
     struct binding_state *state = PyModule_GetState(module);
 
-    state->channel_type = (PyTypeObject *)PyType_FromModuleAndSpec(
-        module, &binding_channel_spec, NULL);
-    if (!state->channel_type ||
-        PyModule_AddType(module, state->channel_type) < 0)
+    if (add_type(module, &binding_channel_spec, &state->channel_type) < 0 ||
+        add_type(module, &binding_link_spec, &state->link_type) < 0)
         return -1;
     return add_constants(module);
 }
@@ -171,6 +198,7 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
     struct binding_state *state = PyModule_GetState(module);
 
     Py_VISIT(state->channel_type);
+    Py_VISIT(state->link_type);
     return 0;
 }
 
@@ -180,6 +208,7 @@ module_clear(PyObject *module)
     struct binding_state *state = PyModule_GetState(module);
 
     Py_CLEAR(state->channel_type);
+    Py_CLEAR(state->link_type);
     return 0;
 }
 
