@@ -39,6 +39,7 @@ serving = False
 
 #: Whether the application's main program is being executed here once more.
 loading_main = False
+main_loaded = False
 
 #: What 3.15 adds to a missing module where -S was given: not true of us, as
 #: the search path is the application's.
@@ -156,7 +157,6 @@ class Handler:
         self.func: Callable[..., object] | None = None
         self.blank = _blank_socket()
         self.count_exit_handlers = atexit._ncallbacks
-        self.main_loaded = False
 
     # -- commands
 
@@ -236,7 +236,7 @@ class Handler:
 
             site.main()
         elif key == "main":
-            self.load_main(*_afork.unpack_strings(value))
+            load_main(*_afork.unpack_strings(value))
         elif key == "env":
             name_, _, text = value.partition(b"=")
             os.environb[name_] = text
@@ -263,48 +263,6 @@ class Handler:
             _afork.make_plain()
         else:
             raise ValueError(f"unknown setting {key!r}")
-
-    def load_main(self, kind: bytes, name: bytes) -> None:
-        """Load the application's main program here, as multiprocessing does."""
-        global loading_main
-        if self.main_loaded or not name:
-            return
-        self.main_loaded = True
-        old = _main()
-        module = type(sys)("__mp_main__")
-        module.__dict__.update(
-            {k: v for k, v in old.__dict__.items() if not k.startswith("__")}
-        )
-        if kind != b"path":
-            import importlib.util
-
-            text = os.fsdecode(name)
-            if kind == b"entry":  # a folder or a zip file
-                from importlib.machinery import PathFinder
-
-                spec = PathFinder.find_spec("__main__", [text])
-            else:
-                spec = importlib.util.find_spec(text)
-            if spec is None or spec.loader is None:
-                raise ImportError(f"cannot find the main module {text!r}")
-            module.__spec__ = spec
-            module.__loader__ = spec.loader
-            module.__package__ = spec.parent
-            module.__file__ = spec.origin
-            code = spec.loader.get_code(spec.name)  # type: ignore[attr-defined]
-        else:
-            path = os.fsdecode(name)
-            module.__file__ = path
-            # Half of the two is a warning when a traceback is made (3.15).
-            del module.__spec__, module.__loader__
-            with open(path, "rb") as file:
-                code = compile(file.read(), path, "exec", dont_inherit=True)
-        sys.modules["__main__"] = sys.modules["__mp_main__"] = module
-        loading_main = True
-        try:
-            exec(code, module.__dict__)
-        finally:
-            loading_main = False
 
     # -- run
 
@@ -347,6 +305,54 @@ class Handler:
 
     def clear_atexit(self) -> None:
         atexit._clear()
+
+
+def load_main(kind: bytes, name: bytes) -> bool:
+    """Load the application's main program here, as multiprocessing does.
+
+    Returns:
+        Whether it was done now: once is enough.
+    """
+    global loading_main, main_loaded
+    if main_loaded or not name:
+        return False
+    main_loaded = True
+    old = _main()
+    module = type(sys)("__mp_main__")
+    module.__dict__.update(
+        {k: v for k, v in old.__dict__.items() if not k.startswith("__")}
+    )
+    if kind != b"path":
+        import importlib.util
+
+        text = os.fsdecode(name)
+        if kind == b"entry":  # a folder or a zip file
+            from importlib.machinery import PathFinder
+
+            spec = PathFinder.find_spec("__main__", [text])
+        else:
+            spec = importlib.util.find_spec(text)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"cannot find the main module {text!r}")
+        module.__spec__ = spec
+        module.__loader__ = spec.loader
+        module.__package__ = spec.parent
+        module.__file__ = spec.origin
+        code = spec.loader.get_code(spec.name)  # type: ignore[attr-defined]
+    else:
+        path = os.fsdecode(name)
+        module.__file__ = path
+        # Half of the two is a warning when a traceback is made (3.15).
+        del module.__spec__, module.__loader__
+        with open(path, "rb") as file:
+            code = compile(file.read(), path, "exec", dont_inherit=True)
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+    loading_main = True
+    try:
+        exec(code, module.__dict__)
+    finally:
+        loading_main = False
+    return True
 
 
 def flush() -> None:
