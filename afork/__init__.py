@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ._main_template import fork_main as fork_main
     from ._subprocess import create_subprocess_exec as create_subprocess_exec
     from ._subprocess import create_subprocess_shell as create_subprocess_shell
+    from .rpc._shared import SharedBuffer as SharedBuffer
 
 #: Path of the interpreter that templates run; None finds the application's own.
 python: str | None = None
@@ -43,6 +44,7 @@ _HOMES = {
     "fork_main": "_main_template",
     "create_subprocess_exec": "_subprocess",
     "create_subprocess_shell": "_subprocess",
+    "SharedBuffer": "rpc._shared",
 }
 
 __all__ = sorted([*_HOMES, "python"])

@@ -116,6 +116,22 @@ pack_strings(PyObject *module, PyObject *sequence)
     return bytes;
 }
 
+/* Where memory is: to find out whether it lies in a mapping of ours. */
+static PyObject *
+buffer_address(PyObject *module, PyObject *obj)
+{
+    Py_buffer view;
+    PyObject *pair;
+
+    (void)module;
+    if (PyObject_GetBuffer(obj, &view, PyBUF_SIMPLE) < 0)
+        return NULL;
+    pair =
+        Py_BuildValue("Kn", (unsigned long long)(uintptr_t)view.buf, view.len);
+    PyBuffer_Release(&view);
+    return pair;
+}
+
 static PyMethodDef functions[] = {
     {"serve", binding_serve, METH_VARARGS, NULL},
     {"fork", binding_fork, METH_NOARGS, NULL},
@@ -129,7 +145,9 @@ static PyMethodDef functions[] = {
     {"set_title", binding_set_title, METH_O, NULL},
     {"get_environ", binding_get_environ, METH_NOARGS, NULL},
     {"get_umask", binding_get_umask, METH_NOARGS, NULL},
+    {"map_private", binding_map_private, METH_VARARGS, NULL},
     {"pack_strings", pack_strings, METH_O, NULL},
+    {"buffer_address", buffer_address, METH_O, NULL},
     {"unpack_strings", unpack_strings, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
@@ -162,6 +180,10 @@ module_exec(PyObject *module)
     if (!state->channel_type ||
         PyModule_AddType(module, state->channel_type) < 0)
         return -1;
+    state->mapping_type = (PyTypeObject *)PyType_FromModuleAndSpec(
+        module, &binding_mapping_spec, NULL);
+    if (!state->mapping_type)
+        return -1;
     return add_constants(module);
 }
 
@@ -171,6 +193,7 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
     struct binding_state *state = PyModule_GetState(module);
 
     Py_VISIT(state->channel_type);
+    Py_VISIT(state->mapping_type);
     return 0;
 }
 
@@ -180,6 +203,7 @@ module_clear(PyObject *module)
     struct binding_state *state = PyModule_GetState(module);
 
     Py_CLEAR(state->channel_type);
+    Py_CLEAR(state->mapping_type);
     return 0;
 }
 
