@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .rpc._client import Event as Event
     from .rpc._rpc import Rpc as Rpc
     from .rpc._stream import Stream as Stream
+    from .rpc._shared import SharedBuffer as SharedBuffer
 
 #: Path of the interpreter that templates run; None finds the application's own.
 python: str | None = None
@@ -57,6 +58,7 @@ _HOMES = {
     "Event": "rpc._client",
     "Rpc": "rpc._rpc",
     "Stream": "rpc._stream",
+    "SharedBuffer": "rpc._shared",
 }
 
 __all__ = sorted([*_HOMES, "python"])

@@ -48,6 +48,9 @@ _SITE_HINT = (
     "directory to sys.path or to enable your virtual environment?"
 )
 
+#: Whose frames say nothing to the author of the code in the process.
+_OURS = (__file__, os.path.join(os.path.dirname(__file__), "rpc", ""))
+
 #: Source of evaluated code by the file name that tracebacks show.
 _sources: dict[str, str] = {}
 
@@ -64,8 +67,7 @@ def _format(exc: BaseException) -> str:
     for name, source in _sources.items():
         linecache.cache[name] = (len(source), None, source.splitlines(True), name)
     tb = exc.__traceback__
-    # Our own frames say nothing to the author of the code.
-    while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
+    while tb is not None and tb.tb_frame.f_code.co_filename.startswith(_OURS):
         tb = tb.tb_next
     text = "".join(traceback.format_exception(type(exc), exc, tb))
     return text.replace(_SITE_HINT, "")

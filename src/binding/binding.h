@@ -10,6 +10,7 @@
 struct binding_state {
     PyTypeObject *channel_type;
     PyTypeObject *link_type;
+    PyTypeObject *mapping_type;
 };
 
 /* Sets OSError from a core status (< 0) and returns NULL. */
@@ -50,6 +51,10 @@ int binding_enter(PyObject *handler, PyObject *func, PyObject *blank, int fd,
 /* Ends the process with status 0 if nothing but a flush is left to do. */
 void binding_end_plainly(PyObject *count_exit_handlers, PyObject *threading,
                          PyObject *flush);
+
+/* mapping.c */
+extern PyType_Spec binding_mapping_spec;
+PyObject *binding_map_private(PyObject *module, PyObject *args);
 
 /* process.c */
 PyObject *binding_spawn(PyObject *module, PyObject *args, PyObject *kwargs);

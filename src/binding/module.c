@@ -147,9 +147,10 @@ static PyMethodDef functions[] = {
     {"set_title", binding_set_title, METH_O, NULL},
     {"get_environ", binding_get_environ, METH_NOARGS, NULL},
     {"get_umask", binding_get_umask, METH_NOARGS, NULL},
+    {"map_private", binding_map_private, METH_VARARGS, NULL},
     {"pack_strings", pack_strings, METH_O, NULL},
-    {"unpack_strings", unpack_strings, METH_O, NULL},
     {"buffer_address", buffer_address, METH_O, NULL},
+    {"unpack_strings", unpack_strings, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -189,6 +190,10 @@ module_exec(PyObject *module)
     if (add_type(module, &binding_channel_spec, &state->channel_type) < 0 ||
         add_type(module, &binding_link_spec, &state->link_type) < 0)
         return -1;
+    state->mapping_type = (PyTypeObject *)PyType_FromModuleAndSpec(
+        module, &binding_mapping_spec, NULL);
+    if (!state->mapping_type)
+        return -1;
     return add_constants(module);
 }
 
@@ -199,6 +204,7 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
 
     Py_VISIT(state->channel_type);
     Py_VISIT(state->link_type);
+    Py_VISIT(state->mapping_type);
     return 0;
 }
 
@@ -209,6 +215,7 @@ module_clear(PyObject *module)
 
     Py_CLEAR(state->channel_type);
     Py_CLEAR(state->link_type);
+    Py_CLEAR(state->mapping_type);
     return 0;
 }
 
