@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from .rpc._client import Captured as Captured
     from .rpc._client import Event as Event
     from .rpc._rpc import Rpc as Rpc
-    from .rpc._stream import Stream as Stream
     from .rpc._shared import SharedBuffer as SharedBuffer
+    from .rpc._stream import Stream as Stream
 
 #: Path of the interpreter that templates run; None finds the application's own.
 python: str | None = None

@@ -13,7 +13,10 @@ import afork
 
 async def main() -> None:
     async with afork.Pool(max=2) as pool:
-        print("results:", await asyncio.gather(*(pool.call(math.isqrt, n) for n in (16, 81))))
+        print(
+            "results:",
+            await asyncio.gather(*(pool.call(math.isqrt, n) for n in (16, 81))),
+        )
 
         try:
             await pool.with_options(timeout=0.2).call(time.sleep, 60)

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from afork import _afork
 from afork._errors import ClosedError, TemplateError
@@ -514,5 +514,3 @@ async def _end(template: Fork) -> None:
             template.kill()
         except ProcessLookupError:
             pass
-
-

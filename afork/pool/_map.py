@@ -29,6 +29,7 @@ async def map_calls(
     open_calls: deque[PoolCall] = deque()  # in order
     ready: deque[PoolCall] = deque()  # as they finish
     woken = asyncio.Event()
+    more = True
 
     def finished(done: asyncio.Future[Any]) -> None:
         ready.append(done)  # type: ignore[arg-type]
@@ -47,7 +48,6 @@ async def map_calls(
             if not ordered:
                 new.add_done_callback(finished)
 
-    more = True
     try:
         while True:
             await fill()

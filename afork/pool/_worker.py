@@ -119,9 +119,7 @@ class Worker(Connection):
             if not waits:  # but the code in it may have its own mind
                 if call.timer is not None:
                     call.timer.cancel()
-                call.timer = self.loop.call_later(
-                    call.kill_after, self._condemn, call
-                )
+                call.timer = self.loop.call_later(call.kill_after, self._condemn, call)
 
     def _condemn(self, call: PoolCall) -> None:
         """Kill the process for a call that it is still at."""

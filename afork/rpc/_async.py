@@ -123,9 +123,9 @@ class AsyncServer(_serve.Server):
             self.over.set_result(None)
 
     def end_if_idle(self) -> None:
-        if self.link.eof and not self.tasks and not self.link.queued:
-            if not self.over.done():
-                self.over.set_result(None)
+        over = self.link.eof and not self.tasks and not self.link.queued
+        if over and not self.over.done():
+            self.over.set_result(None)
 
     def sent(self) -> None:
         """Send at the end of this turn, together with what else it brings."""
@@ -240,5 +240,3 @@ async def enter(sock: socket.socket, *args: Any) -> None:
     server = AsyncServer(sock, *args)
     _serve.publish(server)
     await server.main()
-
-

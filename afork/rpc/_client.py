@@ -221,12 +221,7 @@ class Connection:
         call.connection = self
         self.calls[call.id] = call
         link = self.link
-        if (
-            link is None
-            or self.backlog
-            or self._deaf
-            or link.queued > _UNSENT_MAX
-        ):
+        if link is None or self.backlog or self._deaf or link.queued > _UNSENT_MAX:
             self.backlog.append(call)
             return
         self._queue(link, call)
@@ -544,4 +539,3 @@ def _attach_output(error: BaseException, output: tuple[bytes, bytes]) -> None:
 
 
 __all__ = ["CALL", "STREAM", "Call", "Captured", "Connection", "Event", "encode_call"]
-

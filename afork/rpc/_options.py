@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from ._serve import Server
 
 
-def set_context(server: Server, packed: bytes) -> list[tuple[ContextVar[Any], Token[Any]]]:
+def set_context(
+    server: Server, packed: bytes
+) -> list[tuple[ContextVar[Any], Token[Any]]]:
     """Give context variables the values that they have in the application."""
     values: dict[str, object] = server.codec.decode(packed, ())
     tokens = []
@@ -49,7 +51,7 @@ class Alarm:
         self.seconds = seconds
 
     def __enter__(self) -> None:
-        import _signal
+        import _signal  # type: ignore[import-not-found]  # light, unlike signal
 
         self.signal = _signal
         self.armed = True

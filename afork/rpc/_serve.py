@@ -183,4 +183,3 @@ class Server:
 def publish(server: Server) -> None:
     """Make the functions of `afork.rpc` work here."""
     afork.rpc._server = server
-

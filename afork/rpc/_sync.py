@@ -128,7 +128,7 @@ class SyncServer(_serve.Server):
         try:
             result = self.invoke(kind, id, payload, fds)
             self.send(RESULT, id, result)
-        except BaseException as exc:
+        except BaseException:
             if hasattr(result, "__await__"):
                 exc = TypeError("the function is async: it needs asynchronous=True")
                 getattr(result, "close", int)()  # or it warns of not being awaited
