@@ -2,6 +2,7 @@
 #include "binding.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 
 PyObject *
@@ -116,6 +117,19 @@ pack_strings(PyObject *module, PyObject *sequence)
     return bytes;
 }
 
+/* What C code has printed into its own buffer, which Python knows nothing of.
+ * Not every stream: one that another thread reads from is locked. */
+static PyObject *
+flush_stdout(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    Py_BEGIN_ALLOW_THREADS
+    fflush(stdout);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef functions[] = {
     {"serve", binding_serve, METH_VARARGS, NULL},
     {"fork", binding_fork, METH_NOARGS, NULL},
@@ -130,6 +144,7 @@ static PyMethodDef functions[] = {
     {"get_environ", binding_get_environ, METH_NOARGS, NULL},
     {"get_umask", binding_get_umask, METH_NOARGS, NULL},
     {"pack_strings", pack_strings, METH_O, NULL},
+    {"flush_stdout", flush_stdout, METH_NOARGS, NULL},
     {"unpack_strings", unpack_strings, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
