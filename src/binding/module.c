@@ -2,6 +2,7 @@
 #include "binding.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "link.h"
@@ -134,6 +135,19 @@ buffer_address(PyObject *module, PyObject *obj)
     return pair;
 }
 
+/* What C code has printed into its own buffer, which Python knows nothing of.
+ * Not every stream: one that another thread reads from is locked. */
+static PyObject *
+flush_stdout(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    Py_BEGIN_ALLOW_THREADS
+    fflush(stdout);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef functions[] = {
     {"serve", binding_serve, METH_VARARGS, NULL},
     {"fork", binding_fork, METH_NOARGS, NULL},
@@ -150,6 +164,7 @@ static PyMethodDef functions[] = {
     {"map_private", binding_map_private, METH_VARARGS, NULL},
     {"pack_strings", pack_strings, METH_O, NULL},
     {"buffer_address", buffer_address, METH_O, NULL},
+    {"flush_stdout", flush_stdout, METH_NOARGS, NULL},
     {"unpack_strings", unpack_strings, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -1,0 +1,215 @@
+"""Where the standard streams of a worker lead.
+
+Descriptors are redirected, not Python's objects, so that what C code and
+programs write goes the same way. Loaded by every worker: imports next to
+nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sys
+
+from .. import _afork
+from .._child import flush as _flush_python
+
+TYPE_CHECKING = False  # see afork/__init__.py
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Any, Self
+
+#: Bytes of a captured stream that are kept.
+CAPTURE_MAX = 16 * 1024 * 1024
+
+_NAMES = {1: "stdout", 2: "stderr"}
+
+
+def redirect(fd: int, number: int) -> None:
+    """Make standard output or error lead to where a descriptor leads.
+
+    What has been written before still goes to the old place. ``sys.stdout``
+    and ``sys.stderr`` write each line at once from then on: a buffer would be
+    lost when the worker is killed.
+
+    Args:
+        fd: Duplicated; the caller's own stays open.
+        number: 1 or 2.
+
+    Raises:
+        OSError: EBADF.
+        ValueError: another number.
+    """
+    name = _NAMES.get(number)
+    if name is None:
+        raise ValueError(f"1 or 2 is needed, not {number}")
+    _flush()
+    if fd == number:
+        os.set_inheritable(fd, True)
+    else:
+        os.dup2(fd, number)
+    _repair(number)
+    stream = getattr(sys, name)
+    if getattr(stream, "reconfigure", None) is not None:
+        stream.reconfigure(line_buffering=True)
+
+
+def _flush() -> None:
+    _flush_python()
+    _afork.flush_stdout()  # what C code has printed
+
+
+def _repair(number: int) -> None:
+    """A stream object where there is none, or a closed one."""
+    name = _NAMES[number]
+    stream: Any = getattr(sys, name)
+    if stream is None or getattr(stream, "closed", False):
+        stream = open(  # noqa: SIM115
+            number,
+            "w",
+            buffering=1,
+            encoding="utf-8",
+            errors="backslashreplace",
+            closefd=False,
+        )
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+class Capture:
+    """A context in which descriptors 1 and 2 lead into memory.
+
+    Of the whole process: what other threads write, and programs that are
+    still running from before, is not told apart. Programs that outlive the
+    context go on to write into memory that nobody reads.
+
+    The same object can be used for any number of calls, one at a time;
+    different ones can be nested.
+
+    Attributes:
+        stdout: What was written to descriptor 1, once the context has been
+            left; of more than 16 MiB the end.
+        stderr: The same of descriptor 2.
+        truncated: Whether one of them was longer.
+    """
+
+    __slots__ = ("_files", "_saved", "_streams", "stderr", "stdout", "truncated")
+
+    def __init__(self) -> None:
+        self.stdout = b""
+        self.stderr = b""
+        self.truncated = False
+        #: Memory files for 1 and 2; empty outside of the context.
+        self._files: list[int] = []
+        #: Copies of 1 and 2 as they were; -1 for one that was closed.
+        self._saved: list[int] = []
+        self._streams: tuple[Any, ...] = ()
+
+    def __enter__(self) -> Self:
+        """Redirect both, or neither.
+
+        Raises:
+            OSError: no descriptor is left; everything is as it was.
+            RuntimeError: the object is in use.
+        """
+        if self._files:
+            raise RuntimeError("this Capture is in use")
+        _flush()
+        self.stdout = self.stderr = b""
+        self.truncated = False
+        self._streams = (sys.stdout, sys.stderr)
+        try:
+            # Everything that may fail comes before the first change. Files of
+            # their own for each call: a program that was left behind by the
+            # last one still has its.
+            for number, name in _NAMES.items():
+                self._files.append(_memory_file(name))
+                self._saved.append(_copy(number))
+            for number, file in enumerate(self._files, 1):
+                os.dup2(file, number)
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            # The function may have closed 1 or 2, with text in the buffers.
+            for number, file in enumerate(self._files, 1):
+                os.dup2(file, number)
+            for stream in (*self._streams, sys.stdout, sys.stderr):
+                _flush_one(stream)
+            _afork.flush_stdout()
+            self.stdout = self._contents(self._files[0])
+            self.stderr = self._contents(self._files[1])
+        finally:
+            self._restore()
+            _repair(1)
+            _repair(2)
+
+    def _contents(self, file: int) -> bytes:
+        size = os.fstat(file).st_size
+        if size > CAPTURE_MAX:
+            self.truncated = True
+        # Not its offset, which is shared with whoever still writes.
+        return os.pread(file, CAPTURE_MAX, max(size - CAPTURE_MAX, 0))
+
+    def _restore(self) -> None:
+        """Undo what has been done so far; needs no descriptor."""
+        for number, saved in enumerate(self._saved, 1):
+            if saved >= 0:
+                os.dup2(saved, number)
+                os.close(saved)
+            elif len(self._saved) == len(_NAMES):
+                _close(number)
+        for file in self._files:
+            _close(file)
+        self._saved = []
+        self._files = []
+        self._streams = ()
+
+
+def _flush_one(stream: Any) -> None:
+    try:
+        stream.flush()
+    except Exception:
+        pass  # None, closed, or an object of the function's own
+
+
+def _memory_file(name: str) -> int:
+    fd = os.memfd_create(f"afork: {name}")
+    try:
+        # As for a log: a program that opens /dev/stderr anew, as shells do,
+        # has an offset of its own.
+        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND | os.O_RDWR)
+        if fd <= 2:  # a closed stream's number, which is to be redirected
+            low = fd
+            fd = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 3)
+            os.close(low)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _copy(number: int) -> int:
+    """A copy of a standard descriptor, above all of them; -1 if it is closed."""
+    try:
+        return fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3)
+    except OSError as exc:
+        if exc.errno != errno.EBADF:
+            raise
+        return -1
+
+
+def _close(fd: int) -> None:
+    try:
+        os.close(fd)
+    except OSError:
+        pass  # the function has closed it
