@@ -6,6 +6,7 @@ Whatever becomes of one call, the others do not notice, and the pool goes on.
 import asyncio
 import ctypes
 import math
+import signal
 import time
 
 import afork
@@ -35,7 +36,7 @@ async def main() -> None:
         try:
             await pool.call(ctypes.string_at, 0)  # reads address 0
         except afork.WorkerLost as exc:
-            print("crashed:", exc.signal)
+            print("crashed:", signal.Signals(exc.signal or 0).name)
 
         roots = [x async for x in pool.map(math.sqrt, range(0, 50, 7))]
         print("and on it goes:", [round(x, 1) for x in roots])

@@ -128,11 +128,12 @@ class SyncServer(_serve.Server):
         try:
             result = self.invoke(kind, id, payload, fds)
             self.send(RESULT, id, result)
-        except BaseException:
+        except BaseException as exc:
+            error = exc
             if hasattr(result, "__await__"):
-                exc = TypeError("the function is async: it needs asynchronous=True")
+                error = TypeError("the function is async: it needs asynchronous=True")
                 getattr(result, "close", int)()  # or it warns of not being awaited
-            self.send_error(id, exc)
+            self.send_error(id, error)
 
     def stream(self, kind: int, id: int, payload: bytes, fds: tuple[int, ...]) -> None:
         self.cancelled = False
