@@ -8,7 +8,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Se
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from afork._errors import ClosedError
+from afork._errors import ClosedError, WorkerLost
 from afork.rpc._client import CALL, STREAM, Event, encode_call
 from afork.rpc._options import find_variable
 from afork.rpc._rpc import Function, Setup
@@ -31,7 +31,7 @@ class CallOptions:
     timeout: float | None = None
     kill_after: float = 1.0
     retries: int = 0
-    retry_on: tuple[type[BaseException], ...] = ()
+    retry_on: tuple[type[BaseException], ...] = (WorkerLost,)
     priority: int = 0
     on_event: Callable[[Event], object] | None = None
     capture: bool = False
@@ -72,10 +72,10 @@ class Calls:
                 by cancelling its task.
             kill_after: Seconds that it then has before its process is killed
                 and the call raises TimeoutError (1).
-            retries: How often a call whose process was lost is given to
-                another one (0).
-            retry_on: Exceptions after which a call is tried again as well;
-                WorkerLost alone unless given.
+            retries: How often a call that has failed is given to another
+                process (0).
+            retry_on: Exceptions after which a call is tried again;
+                WorkerLost unless given.
             priority: Calls with a higher one are started first (0).
             on_event: Called with the events of these calls instead of the
                 pool's.
