@@ -242,6 +242,11 @@ afork_outq_flush(struct afork_outq *q, int sock)
         q->buf = NULL;
         q->cap = 0;
     }
+    if (q->fds_cap * sizeof *q->fds > KEEP) {
+        free(q->fds);
+        q->fds = NULL;
+        q->fds_cap = 0;
+    }
     return 1;
 }
 
