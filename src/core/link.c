@@ -138,11 +138,28 @@ make_room(struct afork_link *l)
     return 0;
 }
 
+/* Gives the frame whose head is complete now its descriptors. */
+static int
+claim(struct afork_link *l, size_t nfds, int lost)
+{
+    if (l->loose) {
+        /* They came with the beginning of this head, so for it. */
+        if (nfds != l->loose)
+            return -EPROTO;
+        l->loose = 0;
+    } else if (nfds) {
+        if (lost || nfds != l->fresh)
+            return -EPROTO;
+        l->fresh = 0;
+    }
+    return 0;
+}
+
 /*
  * Goes through the heads that are complete now.  The kernel joins plain bytes
- * that were sent before a descriptor with its own, so one may arrive together
- * with frames that come before its; but it then belongs to a frame that begins
- * in the same bytes, whose head may come later.
+ * that were sent before descriptors with theirs, so these may arrive together
+ * with frames that come before their own; but that one begins in the same
+ * bytes, even if the rest of its head comes later.
  */
 static int
 check_heads(struct afork_link *l, int lost)
@@ -153,15 +170,17 @@ check_heads(struct afork_link *l, int lost)
         l->ready = l->next;
         if (head.zero || head.len > AFORK_LINK_FRAME_MAX)
             return -EPROTO;
-        if (head.nfds && (lost || head.nfds != l->loose))
+        if (claim(l, head.nfds, lost) < 0)
             return -EPROTO;
-        if (head.nfds)
-            l->loose = 0;
         l->next += AFORK_LINK_HEAD_SIZE + head.len;
     }
     if (l->next <= l->tail)
         l->ready = l->next;
-    return lost || (l->loose && l->next >= l->tail) ? -EPROTO : 0;
+    if (lost || (l->loose && l->fresh) || (l->fresh && l->next >= l->tail))
+        return -EPROTO;
+    l->loose += l->fresh;
+    l->fresh = 0;
+    return 0;
 }
 
 /* The end: the rest is no frame. */
@@ -170,8 +189,8 @@ stop(struct afork_link *l, int status)
 {
     size_t claimed = l->next > l->ready ? head_at(l, l->ready).nfds : 0;
 
-    drop_fds(l, l->loose + claimed);
-    l->loose = 0;
+    drop_fds(l, l->loose + l->fresh + claimed);
+    l->loose = l->fresh = 0;
     l->next = l->tail = l->ready;
     if (!afork_link_ready(l))
         give_back(l);
@@ -202,14 +221,14 @@ afork_link_fill(struct afork_link *l, int wait)
     if (n < 0)
         return (int)n;
 
-    /* A second send with descriptors, and the head of the first's frame is
-     * not complete: they cannot be told apart any more. */
-    lost = found && (l->loose || l->fds[l->fds_tail + found - 1] < 0);
+    lost = found && l->fds[l->fds_tail + found - 1] < 0;
     l->tail += (size_t)n;
     l->fds_tail += found;
-    l->loose += found;
+    l->fresh = found;
     r = check_heads(l, lost);
-    return r < 0 ? stop(l, r) : 1;
+    if (r < 0)
+        stop(l, r);
+    return r == 0 || afork_link_ready(l) ? 1 : r;
 }
 
 int

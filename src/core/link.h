@@ -29,7 +29,8 @@ struct afork_link {
      * not complete, and for those of one more recvmsg. */
     int fds[2 * AFORK_FDPASS_MAX]; /* owned */
     size_t fds_head, fds_tail;
-    size_t loose; /* of them: claimed by no head yet */
+    size_t loose; /* of them: for the head that is not complete */
+    size_t fresh; /* of them: of the last recvmsg and claimed by no head */
     int status;   /* why nothing more is received, or 0 */
 };
 
@@ -64,7 +65,7 @@ int afork_link_flush(struct afork_link *l);
  * -EPIPE at end of file (also in the middle of a frame, which is dropped),
  * -EPROTO for a malformed frame, for descriptors that do not fit their frame
  * and for lost ones, -ENOMEM, -EINTR.  With wait it blocks if the socket does.
- * Complete frames before an error can still be taken.
+ * An error comes when the complete frames before it have been taken.
  */
 int afork_link_fill(struct afork_link *l, int wait);
 static inline int

@@ -193,16 +193,15 @@ afork_outq_many(struct afork_outq *q, const void *head, size_t head_len,
 static size_t
 next_send(const struct afork_outq *q, int fds[AFORK_FDPASS_MAX], size_t *ret_n)
 {
-    const struct afork_outq_fd *fd = q->fds + q->fds_head;
-    const struct afork_outq_fd *end = q->fds + q->fds_tail;
-    size_t n = 0;
+    size_t i = q->fds_head, n = 0;
 
     /* Of a byte that has gone: a reclaimed one. */
-    for (; fd < end && fd->at <= q->sent; fd++)
-        if (fd->fd >= 0)
-            fds[n++] = fd->fd;
+    for (; i < q->fds_tail && q->fds[i].at <= q->sent; i++)
+        if (q->fds[i].fd >= 0)
+            fds[n++] = q->fds[i].fd;
     *ret_n = n;
-    return fd < end ? (size_t)(fd->at - q->sent) : afork_outq_len(q);
+    return i < q->fds_tail ? (size_t)(q->fds[i].at - q->sent)
+                           : afork_outq_len(q);
 }
 
 /* Forgets what the kernel has taken: n bytes, and what rode on the first. */
@@ -241,6 +240,11 @@ afork_outq_flush(struct afork_outq *q, int sock)
         free(q->buf);
         q->buf = NULL;
         q->cap = 0;
+    }
+    if (q->fds_cap * sizeof *q->fds > KEEP) {
+        free(q->fds);
+        q->fds = NULL;
+        q->fds_cap = 0;
     }
     return 1;
 }
