@@ -84,6 +84,7 @@ def decode_exception(
 
     Raises:
         ProtocolError: the message is not about an exception.
+        OSError, MemoryError: it is too large for this process.
     """
     from .._errors import RemoteError
 
@@ -94,9 +95,12 @@ def decode_exception(
             close_all(fds)
             strings = _afork.unpack_strings(payload)
             text, chain = tuple(str(x, "utf-8", "replace") for x in strings), ()
-        stage, type, message, traceback = text
-        remote = RemoteError(stage, type, message, traceback)
-        exc = _load_chain(chain, codec, stage)
+        if len(text) != 4 or any(type(x) is not str for x in text):
+            raise TypeError("not the text of an exception")
+        remote = RemoteError(*text)
+        exc = _load_chain(chain, codec, text[0])
+    except (OSError, MemoryError):
+        raise
     except Exception as error:
         raise refused("something that is no exception") from error
     if exc is None:
