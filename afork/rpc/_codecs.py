@@ -210,6 +210,11 @@ class _Bytes(Codec):
                 "the codec 'bytes' takes a tuple of bytes-like objects, "
                 f"not {type(value).__name__}"
             )
+        if live:
+            from ._shared import SharedBuffer, refuse
+
+            if any(isinstance(item, SharedBuffer) for item in value):
+                refuse()  # whoever sends one does not expect a copy
         return _afork.pack_strings(value)
 
     def loads(self, data: bytes | memoryview) -> tuple[bytes, ...]:
