@@ -73,7 +73,8 @@ def _format(exc: BaseException) -> str:
     return text.replace(_SITE_HINT, "")
 
 
-def _failure(stage: str, exc: BaseException) -> Failure:
+def _describe(exc: BaseException) -> tuple[bytes, bytes]:
+    """Qualified name and message of an exception, whatever its class does."""
     cls = type(exc)
     name = cls.__qualname__
     if cls.__module__ != "builtins":
@@ -82,11 +83,16 @@ def _failure(stage: str, exc: BaseException) -> Failure:
         message = _text(exc)
     except BaseException as broken:  # its __str__ is foreign code
         message = _text(f"<no message: {BaseException.__repr__(broken)}>")
+    return _text(name), message
+
+
+def _failure(stage: str, exc: BaseException) -> Failure:
+    name, message = _describe(exc)
     try:
         trace = _text(_format(exc))
     except BaseException:  # the same, or no descriptor left to import with
         trace = b""
-    return stage, 0, _text(name), message, trace, b""
+    return stage, 0, name, message, trace, b""
 
 
 def _blank_socket() -> Any:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import _pickle
 import sys
 from copyreg import dispatch_table
+from functools import cache
 from io import BytesIO
 
 from .. import _afork, _child
-from ._buffers import Outgoing, live, unwrap
+from ._buffers import Outgoing, find_shared, live, unwrap
 from ._bulk import BULK, close_all, refused
 
 __all__ = ["Codec", "close_all", "codec_name", "find_codec"]
@@ -94,9 +95,10 @@ class _Large(BaseException):
 def _small_only(buffer: PickleBuffer) -> bool:
     # Not a closure that collects the large ones: that would cost every small
     # call what only a large one needs. That one starts again instead.
-    if buffer.raw().nbytes < BULK:
-        return True
-    raise _Large
+    raw = buffer.raw()
+    if raw.nbytes >= BULK or find_shared(raw) is not None:
+        raise _Large
+    return True
 
 
 class _Reducers(dict[type, "Callable[[Any], Any]"]):
@@ -109,15 +111,18 @@ class _Pickle(Codec):
     pickles = True
 
     def encode(self, value: object) -> tuple[bytes, tuple[int, ...]]:
-        if not live:
-            try:
-                payload = _dumps(value, 5, buffer_callback=_small_only)
-            except _Large:
-                pass
-            else:
-                if len(payload) < BULK:
-                    return payload, ()
-                return Outgoing().finish(payload)
+        try:
+            payload = _dumps(value, 5, buffer_callback=_small_only)
+        except _Large:
+            pass
+        except TypeError:
+            # Perhaps of a SharedBuffer, which does not pickle but with ours.
+            if not live:
+                raise
+        else:
+            if len(payload) < BULK:
+                return payload, ()
+            return Outgoing().finish(payload)
         outgoing = Outgoing()
         return outgoing.finish(self._dump(value, outgoing.add))
 
@@ -182,20 +187,20 @@ class _CloudPickle(_Pickle):
         return _cloudpickle().dumps(value, 5)  # type: ignore[no-any-return]
 
 
+@cache
+def _json() -> tuple[Callable[[object], str], Callable[[str], Any]]:
+    import json  # loads re: not before it is needed
+
+    encoder = json.JSONEncoder(separators=(",", ":"))
+    return encoder.encode, json.JSONDecoder().decode
+
+
 class _Json(Codec):
     def dumps(self, value: object) -> bytes:
-        from json import JSONEncoder
-
-        encode = JSONEncoder(separators=(",", ":")).encode
-        self.dumps = lambda value: encode(value).encode()  # type: ignore[method-assign]
-        return self.dumps(value)
+        return _json()[0](value).encode("ascii")
 
     def loads(self, data: bytes | memoryview) -> Any:
-        from json import JSONDecoder
-
-        decode = JSONDecoder().decode
-        self.loads = lambda data: decode(str(data, "utf-8"))  # type: ignore[method-assign]
-        return self.loads(data)
+        return _json()[1](str(data, "utf-8"))
 
 
 class _Bytes(Codec):
@@ -205,6 +210,11 @@ class _Bytes(Codec):
                 "the codec 'bytes' takes a tuple of bytes-like objects, "
                 f"not {type(value).__name__}"
             )
+        if live:
+            from ._shared import SharedBuffer, refuse
+
+            if any(isinstance(item, SharedBuffer) for item in value):
+                refuse()  # whoever sends one does not expect a copy
         return _afork.pack_strings(value)
 
     def loads(self, data: bytes | memoryview) -> tuple[bytes, ...]:

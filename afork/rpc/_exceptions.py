@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
     #: Stage, type, message and traceback of a RemoteError.
     Text: TypeAlias = tuple[str, str, str, str]
-    #: Pickle, notes, suppress_context, and the members of a group.
-    Link: TypeAlias = tuple[bytes, tuple[str, ...], bool, "tuple[Member, ...] | None"]
+    #: Pickle, notes, suppress_context, and what else a group has.
+    Link: TypeAlias = tuple[bytes, tuple[str, ...], bool, "Group | None"]
+    #: Whether made of message and members alone; message; members.
+    Group: TypeAlias = tuple[bool, str, tuple["Member", ...]]
     #: An exception, its cause, the cause of that ...
     Chain: TypeAlias = tuple[Link, ...]
     #: Empty chain if it does not pickle; type and message.
@@ -84,6 +86,7 @@ def decode_exception(
 
     Raises:
         ProtocolError: the message is not about an exception.
+        OSError, MemoryError: it is too large for this process.
     """
     from .._errors import RemoteError
 
@@ -94,9 +97,12 @@ def decode_exception(
             close_all(fds)
             strings = _afork.unpack_strings(payload)
             text, chain = tuple(str(x, "utf-8", "replace") for x in strings), ()
-        stage, type, message, traceback = text
-        remote = RemoteError(stage, type, message, traceback)
-        exc = _load_chain(chain, codec, stage)
+        if len(text) != 4 or any(type(x) is not str for x in text):
+            raise TypeError("not the text of an exception")
+        remote = RemoteError(*text)
+        exc = _load_chain(chain, codec, text[0])
+    except (OSError, MemoryError):
+        raise
     except Exception as error:
         raise refused("something that is no exception") from error
     if exc is None:
@@ -151,13 +157,16 @@ def _text_of(stage: str, exc: BaseException) -> Text:
 
 def _pack(text: Text) -> bytes:
     try:
-        return _afork.pack_strings([x.encode("utf-8", "replace") for x in text])
+        return _pack_strings([x.encode("utf-8", "replace") for x in text])
     except BaseException:
-        return _afork.pack_strings((b"run", b"MemoryError", b"", b""))
+        return _NO_MEMORY_TEXT
 
+
+_pack_strings = _afork.pack_strings
 
 #: Made beforehand.
 _NO_MEMORY = _pickle.dumps((("run", "MemoryError", "", ""), ()))
+_NO_MEMORY_TEXT = _pack_strings((b"run", b"MemoryError", b"", b""))
 
 
 # -- exceptions
@@ -185,20 +194,27 @@ class _Encoder:
         if id(exc) in self.seen or len(self.seen) >= _LINKS_MAX:
             return None
         self.seen[id(exc)] = exc
-        members = None
+        group = None
+        data = b""
         try:
-            if isinstance(exc, ExceptionGroup) and _is_plain(type(exc)):
-                members = tuple(self.member(x) for x in exc.exceptions)
-                data = self.codec.dumps((type(exc), exc.message, exc.__dict__))
-            else:
-                data = self.codec.dumps(exc)
+            value: object = exc
+            if isinstance(exc, ExceptionGroup):
+                plain = _is_plain(type(exc))
+                group = plain, exc.message, tuple(map(self.member, exc.exceptions))
+                if plain:
+                    value = type(exc), exc.__dict__
+            try:
+                data = self.codec.dumps(value)
+            except BaseException:
+                if group is None:
+                    raise
             notes = tuple(x for x in getattr(exc, "__notes__", ()) if type(x) is str)
-            return data, notes, exc.__suppress_context__, members
+            return data, notes, exc.__suppress_context__, group
         except BaseException:  # all of it is foreign code
             return None
 
     def member(self, exc: BaseException) -> Member:
-        _, type, message, _ = _text_of("", exc)
+        type, message = map(_cut, _child._describe(exc))
         return self.chain(exc), type, message
 
 
@@ -232,21 +248,12 @@ def _link(exc: BaseException, cause: BaseException) -> None:
 
 
 def _load(link: Link, codec: Codec, stage: str) -> Exception | None:
-    from .._errors import RemoteError
-
-    data, notes, suppress, members = link
+    data, notes, suppress, group = link
     try:
-        exc = codec.loads(data)
-        if members is not None:
-            cls, message, attributes = exc
-            loaded = []
-            for chain, type, text in members:
-                member = _load_chain(chain, codec, stage)
-                if member is None:
-                    member = RemoteError(stage, type, text)
-                loaded.append(member)
-            exc = cls(message, loaded)
-            exc.__dict__.update(attributes)
+        if group is None:
+            exc = codec.loads(data)
+        else:
+            exc = _load_group(data, group, codec, stage)
         if not isinstance(exc, Exception) or isinstance(exc, _CONTROL):
             return None
         if notes and getattr(exc, "__notes__", None) != list(notes):
@@ -257,3 +264,23 @@ def _load(link: Link, codec: Codec, stage: str) -> Exception | None:
         return None
     _set_suppress(exc, suppress)
     return exc
+
+
+def _load_group(data: bytes, group: Group, codec: Codec, stage: str) -> object:
+    from .._errors import RemoteError
+
+    plain, message, members = group
+    loaded: list[Exception] = []
+    for chain, type_, text in members:
+        member = _load_chain(chain, codec, stage)
+        loaded.append(RemoteError(stage, type_, text) if member is None else member)
+    try:
+        found = codec.loads(data)
+        if not plain:
+            return found
+        exc = found[0](message, loaded)
+        exc.__dict__.update(found[1])
+        return exc
+    except Exception:
+        # A class that is not known here. What its members are matters more.
+        return ExceptionGroup(message, loaded)

@@ -16,7 +16,7 @@ from ._buffers import find_shared, live
 TYPE_CHECKING = False  # see afork/__init__.py
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, SupportsIndex
+    from typing import Any, NoReturn, SupportsIndex
 
 #: From 3.13 on mmap need not keep a descriptor of its own.
 _OPTIONS: Any = {"trackfd": False} if sys.version_info >= (3, 13) else {}
@@ -128,11 +128,16 @@ class SharedBuffer(mmap.mmap):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         self.fd  # noqa: B018 - closed is another error
-        raise TypeError(
-            "a SharedBuffer crosses to a process by descriptor, in calls with the "
-            "codec 'pickle' or 'cloudpickle'; other codecs and pickle itself have "
-            "only bytes: give them bytes(buffer)"
-        )
+        refuse()
+
+
+def refuse() -> NoReturn:
+    """TypeError: a codec that does not know shared buffers has been given one."""
+    raise TypeError(
+        "a SharedBuffer crosses to a process by descriptor, in calls with the "
+        "codec 'pickle' or 'cloudpickle'; other codecs and pickle itself have "
+        "only bytes: give them bytes(buffer)"
+    )
 
 
 def attach(fd: int) -> SharedBuffer:
