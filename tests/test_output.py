@@ -541,7 +541,7 @@ def test_no_descriptor_left(arun, sink):
                 while True:
                     filler.append(os.dup(fd))
             made = None
-            for count in range(5):
+            for count in range(5):  # noqa: B007
                 before = set(filler)
                 try:
                     made = OutputPipe(loop, fd if sink else None)

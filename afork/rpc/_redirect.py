@@ -82,7 +82,8 @@ class Capture:
 
     Of the whole process: what other threads write, and programs that are
     still running from before, is not told apart. Programs that outlive the
-    context go on to write into memory that nobody reads.
+    context go on to write into memory that nobody reads. As with any file,
+    ``>/dev/stdout`` in a shell script empties it.
 
     The same object can be used for any number of calls, one at a time;
     different ones can be nested.
