@@ -49,6 +49,7 @@ class OutputPipe:
         Raises:
             TypeError: the sink is none of these.
             OSError: EMFILE; EBADF if there is no such descriptor, or not for writing.
+            ValueError: a negative number.
         """
         #: The worker's end of the pipe, or -1 once it is closed here.
         self.write_fd = -1

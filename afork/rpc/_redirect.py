@@ -82,7 +82,8 @@ class Capture:
 
     Of the whole process: what other threads write, and programs that are
     still running from before, is not told apart. Programs that outlive the
-    context go on to write into memory that nobody reads.
+    context go on to write into memory that nobody reads. As with any file,
+    ``>/dev/stdout`` in a shell script empties it.
 
     The same object can be used for any number of calls, one at a time;
     different ones can be nested.
@@ -155,10 +156,12 @@ class Capture:
 
     def _contents(self, file: int) -> bytes:
         size = os.fstat(file).st_size
-        if size > CAPTURE_MAX:
+        count = min(size, CAPTURE_MAX)
+        if size > count:
             self.truncated = True
-        # Not its offset, which is shared with whoever still writes.
-        return os.pread(file, CAPTURE_MAX, max(size - CAPTURE_MAX, 0))
+        # Not at its offset, which is shared with whoever still writes. And no
+        # more than there is: a big buffer's huge pages cost milliseconds.
+        return os.pread(file, count, size - count)
 
     def _restore(self) -> None:
         """Undo what has been done so far; needs no descriptor."""
