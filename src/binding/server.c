@@ -21,14 +21,17 @@ extern char **environ;
 
 struct py_server {
     struct afork_server server;
-    PyObject *handler; /* strong */
-    PyObject *func;    /* strong: what run has found, or NULL */
-    PyObject *blank;   /* strong: the socket object that run fills */
-    PyObject *count_exit_handlers;         /* strong */
+    PyObject *handler;             /* strong */
+    PyObject *func;                /* strong: what run has found, or NULL */
+    PyObject *sock;                /* strong: blank until run fills it */
+    PyObject *close;               /* strong: what closes it */
+    PyObject *count_exit_handlers; /* strong */
     PyObject *name_threading, *name_flush; /* strong: made before any fork */
+    struct binding_stdio stdio;            /* as it was at the last fork */
     int keep_title;                        /* the title was set by hand */
     PyThreadState *thread;                 /* released while the loop waits */
     int dirty;        /* Python has run since the last fork */
+    int interested;   /* signals may have handlers in Python */
     int clear_atexit; /* the process has exit handlers a child must not run */
     struct py_server *outer;
 };
@@ -115,6 +118,7 @@ op_find(void *self, const uint8_t *name, size_t len,
     if (!p->server.plain)
         p->func = binding_find_loaded(text, len);
     if (!p->func) {
+        p->dirty = 1;
         r = take_answer(PyObject_CallMethod(p->handler, "find", "y#", text,
                                             (Py_ssize_t)len),
                         ret_failure);
@@ -138,6 +142,10 @@ op_interrupted(void *self)
 {
     struct py_server *p = self;
 
+    /* Mostly the end of a child: no reason to touch the memory that the next
+     * fork shares. */
+    if (!p->dirty && !p->interested)
+        return;
     PyEval_RestoreThread(p->thread);
     p->dirty = 1; /* a handler may have printed */
     if (PyErr_CheckSignals() < 0)
@@ -182,16 +190,27 @@ fork_python(struct afork_server *server)
     return pid < 0 ? -saved : pid;
 }
 
-static void
-call_or_complain(PyObject *handler, const char *method, int *ret_true)
+/* Whether a method of the handler returns True; complains if it raises. */
+static int
+answers_true(PyObject *handler, const char *method, PyObject *arg)
 {
-    PyObject *answer = PyObject_CallMethod(handler, method, NULL);
+    PyObject *answer = PyObject_CallMethod(handler, method, "O", arg);
+    int yes = answer == Py_True;
 
     if (!answer)
         PyErr_WriteUnraisable(handler);
-    else if (ret_true)
-        *ret_true = answer == Py_True;
     Py_XDECREF(answer);
+    return yes;
+}
+
+/* What has to be looked at anew once Python has run. */
+static void
+before_fork(struct py_server *p)
+{
+    p->clear_atexit = answers_true(p->handler, "before_fork", p->sock);
+    binding_stdio_remember(&p->stdio);
+    p->interested = afork_signals_foreign();
+    p->dirty = 0;
 }
 
 static pid_t
@@ -203,11 +222,10 @@ op_fork(void *self)
     PyEval_RestoreThread(p->thread);
     /* Between two forks of an idle template no Python runs. */
     if (p->dirty)
-        call_or_complain(p->handler, "before_fork", &p->clear_atexit);
-    p->dirty = 0;
+        before_fork(p);
     pid = fork_python(&p->server);
     if (pid == 0 && p->clear_atexit) {
-        call_or_complain(p->handler, "clear_atexit", NULL);
+        answers_true(p->handler, "clear_atexit", Py_None);
         p->clear_atexit = 0;
     }
     p->thread = PyEval_SaveThread();
@@ -271,22 +289,61 @@ enter(struct py_server *p)
 
     if (args) {
         p->server.sock = AFORK_NOFD;
-        binding_enter(p->handler, p->func, p->blank, fd, args);
+        if (p->dirty)
+            answers_true(p->handler, "adapt", p->sock);
+        if (binding_fill_socket_take(p->sock, fd) == 0)
+            binding_enter(p->handler, p->func, p->sock, args);
     }
     Py_XDECREF(args);
+}
+
+static void
+release_socket(struct py_server *p)
+{
+    PyObject *sock = p->sock;
+
+    p->sock = NULL;
+    if (sock)
+        binding_release_socket(sock, p->close);
+}
+
+/* The end of the process, unless there is more to do than Python has code
+ * for. */
+static void
+end(struct py_server *p)
+{
+    if (!binding_ends_plainly(p->count_exit_handlers, p->name_threading))
+        return;
+    /* Who reads the end of file may rely on what was written before it. */
+    binding_stdio_flush(&p->stdio, p->name_flush);
+    release_socket(p);
+    _exit(0);
 }
 
 static void
 py_server_free(struct py_server *p)
 {
     afork_server_free(&p->server);
+    binding_stdio_forget(&p->stdio);
     Py_XDECREF(p->handler);
     Py_XDECREF(p->func);
-    Py_XDECREF(p->blank);
+    Py_XDECREF(p->sock);
+    Py_XDECREF(p->close);
     Py_XDECREF(p->count_exit_handlers);
     Py_XDECREF(p->name_threading);
     Py_XDECREF(p->name_flush);
     PyMem_Free(p);
+}
+
+/* A strong reference to an attribute that is not needed there any more. */
+static PyObject *
+take_attribute(PyObject *from, const char *name)
+{
+    PyObject *value = PyObject_GetAttrString(from, name);
+
+    if (value && PyObject_DelAttrString(from, name) < 0)
+        Py_CLEAR(value);
+    return value;
 }
 
 PyObject *
@@ -306,13 +363,14 @@ binding_serve(PyObject *module, PyObject *args)
     afork_server_init_take(&p->server, fd, plain, &ops, p);
     p->handler = Py_NewRef(handler);
     p->dirty = 1;
-    p->blank = PyObject_GetAttrString(handler, "blank");
+    p->sock = take_attribute(handler, "blank");
+    p->close = take_attribute(handler, "close");
     p->count_exit_handlers =
         PyObject_GetAttrString(handler, "count_exit_handlers");
     p->name_threading = PyUnicode_InternFromString("threading");
     p->name_flush = PyUnicode_InternFromString("flush");
-    if (!p->blank || !p->count_exit_handlers || !p->name_threading ||
-        !p->name_flush ||
+    if (!p->sock || !p->close || !p->count_exit_handlers ||
+        !p->name_threading || !p->name_flush ||
         (failure != Py_None && get_failure(failure, &p->server.failure) < 0)) {
         py_server_free(p);
         return NULL;
@@ -329,10 +387,12 @@ binding_serve(PyObject *module, PyObject *args)
     else if (r != AFORK_END)
         Py_XDECREF(PyObject_CallMethod(p->handler, "broken", "i", -r));
     if (!PyErr_Occurred()) {
-        binding_end_plainly(p->count_exit_handlers, p->name_threading,
-                            p->name_flush);
+        end(p);
+        release_socket(p);
         result = Py_NewRef(Py_None);
     }
+    /* Else to the end of the process: the traceback comes first. */
+    p->sock = NULL;
     current = p->outer;
     py_server_free(p);
     return result;
