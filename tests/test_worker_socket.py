@@ -230,3 +230,33 @@ signal.signal(signal.SIGUSR1, handler)
                 pytest.fail("the handler was not called")
 
     arun(main)
+
+
+@pytest.mark.parametrize("n", [0, 6, 7, 8, 100])
+def test_few_and_many_arguments(arun, n):
+    """Few of them are not worth touching the heap for."""
+
+    async def main():
+        f = afork.Fork.new().send_arg(*map(str, range(n)))
+        assert await ask(f, "args") == tuple(map(str, range(n)))
+
+    arun(main)
+
+
+def test_modules_that_make_their_attributes(arun, tmp_path):
+    (tmp_path / "module_with_getattr.py").write_text(
+        "def __getattr__(name):\n"
+        "    if name == 'made': return lambda sock: sock.sendall(b'made')\n"
+        "    raise AttributeError(name)\n"
+    )
+
+    async def main():
+        f = afork.Fork.new().eval(
+            "import sys; sys.path.insert(0, args[0])", str(tmp_path)
+        )
+        f.require("module_with_getattr")
+        assert await read_all(await f.fork().run("module_with_getattr.made")) == b"made"
+        with pytest.raises(afork.RemoteError, match="other"):
+            await f.fork().run("module_with_getattr.other")
+
+    arun(main)

@@ -42,15 +42,15 @@ PyObject *binding_find_loaded(const char *name, size_t len);
 /* Makes the blank socket object the one of fd (consumed); -1 and an exception.
  */
 int binding_fill_socket_take(PyObject *blank, int fd);
-/* Calls the function with the socket and the arguments; -1 with the exception
- * that it has raised. */
-int binding_enter(PyObject *handler, PyObject *func, PyObject *sock,
-                  PyObject *args);
+/* Calls the function with the socket and the other arguments; -1 with the
+ * exception that it has raised. */
+int binding_enter(PyObject *handler, PyObject *func, PyObject *const *args,
+                  size_t n);
 PyObject *binding_change_type(PyObject *module, PyObject *args);
 /* Whether nothing but a flush is left to do at the end of the process. */
 int binding_ends_plainly(PyObject *count_exit_handlers, PyObject *threading);
-/* Gives up our reference to the socket: closed if that was the last one. */
-void binding_release_socket(PyObject *sock, PyObject *close);
+/* By the function that closes a socket object, whatever comes of it. */
+void binding_close_socket(PyObject *sock, PyObject *close);
 
 /* stdio.c */
 struct binding_layer {

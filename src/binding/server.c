@@ -19,6 +19,12 @@
 
 extern char **environ;
 
+enum {
+    PAGE = 4096,
+    LOCK_SIZE = 32, /* of what CPython makes anew in a forked process */
+    CACHED = 7,     /* blocks of a size that malloc keeps at hand */
+};
+
 struct py_server {
     struct afork_server server;
     PyObject *handler;             /* strong */
@@ -203,6 +209,23 @@ answers_true(PyObject *handler, const char *method, PyObject *arg)
     return yes;
 }
 
+/*
+ * The next few blocks of the size of a lock come from neighbouring addresses:
+ * a forked process makes all its locks anew, and each would be in another
+ * page.
+ */
+static void
+gather_locks(void)
+{
+    void *blocks[16 * CACHED];
+    int n = sizeof blocks / sizeof *blocks;
+
+    for (int i = 0; i < n; i++)
+        blocks[i] = malloc(LOCK_SIZE);
+    while (n-- > 0) /* the last ones are cached: all before were fragments */
+        free(blocks[n]);
+}
+
 /* What has to be looked at anew once Python has run. */
 static void
 before_fork(struct py_server *p)
@@ -210,6 +233,7 @@ before_fork(struct py_server *p)
     p->clear_atexit = answers_true(p->handler, "before_fork", p->sock);
     binding_stdio_remember(&p->stdio);
     p->interested = afork_signals_foreign();
+    gather_locks();
     p->dirty = 0;
 }
 
@@ -263,48 +287,57 @@ arg_object(struct py_server *p, struct afork_arg *arg)
     return NULL;
 }
 
-static PyObject *
-arg_list(struct py_server *p)
+/* Fills in the objects of all arguments behind the socket; -1 with an
+ * exception. */
+static int
+get_args(struct py_server *p, PyObject **items)
 {
     struct afork_args *args = &p->server.args;
-    PyObject *list = PyList_New((Py_ssize_t)args->n);
 
-    for (size_t i = 0; list && i < args->n; i++) {
-        PyObject *item = arg_object(p, &args->list[i]);
-
-        if (item)
-            PyList_SET_ITEM(list, (Py_ssize_t)i, item);
-        else
-            Py_CLEAR(list);
+    for (size_t i = 0; i < args->n; i++) {
+        items[i] = arg_object(p, &args->list[i]);
+        if (!items[i])
+            return -1;
     }
-    return list;
+    return 0;
 }
 
 /* Runs the function; what it raises stays set. */
 static void
 enter(struct py_server *p)
 {
-    PyObject *args = arg_list(p);
+    size_t n = p->server.args.n + 1;
+    PyObject *few[8] = {NULL}, **stack = few;
     int fd = p->server.sock;
 
-    if (args) {
+    /* The heap is touched only if there are many. */
+    if (n > sizeof few / sizeof *few)
+        stack = PyMem_Calloc(n, sizeof *stack);
+    if (!stack) {
+        PyErr_NoMemory();
+        return;
+    }
+    if (get_args(p, stack + 1) == 0) {
         p->server.sock = AFORK_NOFD;
         if (p->dirty)
             answers_true(p->handler, "adapt", p->sock);
-        if (binding_fill_socket_take(p->sock, fd) == 0)
-            binding_enter(p->handler, p->func, p->sock, args);
+        if (binding_fill_socket_take(p->sock, fd) == 0) {
+            stack[0] = p->sock;
+            binding_enter(p->handler, p->func, stack, n);
+        }
     }
-    Py_XDECREF(args);
+    for (size_t i = 1; i < n; i++)
+        Py_XDECREF(stack[i]);
+    if (stack != few)
+        PyMem_Free(stack);
 }
 
+/* Lets go of the socket, unless the function has kept it. */
 static void
-release_socket(struct py_server *p)
+close_socket(struct py_server *p)
 {
-    PyObject *sock = p->sock;
-
-    p->sock = NULL;
-    if (sock)
-        binding_release_socket(sock, p->close);
+    if (Py_REFCNT(p->sock) == 1)
+        binding_close_socket(p->sock, p->close);
 }
 
 /* The end of the process, unless there is more to do than Python has code
@@ -316,7 +349,7 @@ end(struct py_server *p)
         return;
     /* Who reads the end of file may rely on what was written before it. */
     binding_stdio_flush(&p->stdio, p->name_flush);
-    release_socket(p);
+    close_socket(p);
     _exit(0);
 }
 
@@ -332,7 +365,20 @@ py_server_free(struct py_server *p)
     Py_XDECREF(p->count_exit_handlers);
     Py_XDECREF(p->name_threading);
     Py_XDECREF(p->name_flush);
-    PyMem_Free(p);
+    free(p);
+}
+
+/* In a page of its own, as it is written at each fork by both processes: by
+ * chance it would lie across two. */
+static struct py_server *
+py_server_alloc(void)
+{
+    const size_t size = (sizeof(struct py_server) + PAGE - 1) / PAGE * PAGE;
+    struct py_server *p = aligned_alloc(PAGE, size);
+
+    if (p)
+        memset(p, 0, sizeof *p);
+    return p;
 }
 
 /* A strong reference to an attribute that is not needed there any more. */
@@ -357,7 +403,7 @@ binding_serve(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "ipO|O:serve", &fd, &plain, &handler,
                           &failure))
         return NULL;
-    p = PyMem_Calloc(1, sizeof *p);
+    p = py_server_alloc();
     if (!p)
         return PyErr_NoMemory();
     afork_server_init_take(&p->server, fd, plain, &ops, p);
@@ -388,11 +434,11 @@ binding_serve(PyObject *module, PyObject *args)
         Py_XDECREF(PyObject_CallMethod(p->handler, "broken", "i", -r));
     if (!PyErr_Occurred()) {
         end(p);
-        release_socket(p);
+        close_socket(p);
         result = Py_NewRef(Py_None);
+    } else {
+        p->sock = NULL; /* stays open: a traceback is going to be written */
     }
-    /* Else to the end of the process: the traceback comes first. */
-    p->sock = NULL;
     current = p->outer;
     py_server_free(p);
     return result;

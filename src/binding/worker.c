@@ -14,6 +14,19 @@
 
 #include "fd.h"
 
+/* An attribute; of a module from where it is, past the caches of its type. */
+static PyObject *
+get_attribute(PyObject *from, PyObject *name)
+{
+    PyObject *found = NULL;
+
+    if (PyModule_CheckExact(from))
+        found = PyDict_GetItemWithError(PyModule_GetDict(from), name);
+    if (found || PyErr_Occurred())
+        return Py_XNewRef(found);
+    return PyObject_GetAttr(from, name);
+}
+
 /* Follows a dotted path of attributes; NULL with an exception set. */
 static PyObject *
 get_path(PyObject *from, const char *path, size_t len)
@@ -25,7 +38,7 @@ get_path(PyObject *from, const char *path, size_t len)
         size_t n = dot ? (size_t)(dot - path) : len;
         PyObject *name = PyUnicode_FromStringAndSize(path, (Py_ssize_t)n);
 
-        Py_SETREF(found, name ? PyObject_GetAttr(found, name) : NULL);
+        Py_SETREF(found, name ? get_attribute(found, name) : NULL);
         Py_XDECREF(name);
         if (!dot)
             break;
@@ -131,22 +144,11 @@ binding_fill_socket_take(PyObject *blank, int fd)
 }
 
 int
-binding_enter(PyObject *handler, PyObject *func, PyObject *sock,
-              PyObject *args)
+binding_enter(PyObject *handler, PyObject *func, PyObject *const *args,
+              size_t n)
 {
-    size_t n = (size_t)PyList_GET_SIZE(args);
-    PyObject *result = NULL;
-    PyObject **stack = PyMem_Calloc(n + 1, sizeof *stack);
+    PyObject *result = PyObject_Vectorcall(func, args, n, NULL);
 
-    if (!stack) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    stack[0] = sock;
-    for (size_t i = 0; i < n; i++)
-        stack[i + 1] = PyList_GET_ITEM(args, (Py_ssize_t)i);
-    result = PyObject_Vectorcall(func, stack, n + 1, NULL);
-    PyMem_Free(stack);
     if (result && Py_TYPE(result)->tp_as_async &&
         Py_TYPE(result)->tp_as_async->am_await)
         Py_SETREF(result, PyObject_CallMethod(handler, "finish", "O", result));
@@ -177,13 +179,10 @@ binding_ends_plainly(PyObject *count_exit_handlers, PyObject *threading)
  * ResourceWarning.
  */
 void
-binding_release_socket(PyObject *sock, PyObject *close)
+binding_close_socket(PyObject *sock, PyObject *close)
 {
-    if (Py_REFCNT(sock) == 1) {
-        PyObject *result = PyObject_CallOneArg(close, sock);
+    PyObject *result = PyObject_CallOneArg(close, sock);
 
-        Py_XDECREF(result);
-        PyErr_Clear(); /* ECONNRESET and the like: it is closed */
-    }
-    Py_DECREF(sock);
+    Py_XDECREF(result);
+    PyErr_Clear(); /* ECONNRESET and the like: it is closed */
 }
