@@ -12,7 +12,7 @@ import errno
 import os
 import sys
 
-from . import _afork
+from . import _afork, _worker_socket
 from ._version import __version__
 
 TYPE_CHECKING = False
@@ -95,18 +95,6 @@ def _failure(stage: str, exc: BaseException) -> Failure:
     return stage, 0, name, message, trace, b""
 
 
-def _blank_socket() -> Any:
-    """A socket object to be filled in by run: all but its descriptor."""
-    import socket
-
-    blank = socket.socket.__new__(socket.socket)
-    model = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    for name in ("_io_refs", "_closed"):
-        setattr(blank, name, getattr(model, name))
-    model.close()
-    return blank
-
-
 def _untag(item: bytes) -> str | bytes:
     """An argument of a typed eval: "b" or "t", then the bytes."""
     if item[:1] == b"b":
@@ -163,7 +151,10 @@ class Handler:
     def __init__(self, plain: bool) -> None:
         self.plain = plain
         self.func: Callable[..., object] | None = None
-        self.blank = _blank_socket()
+        #: Taken from here by the server.
+        self.blank = _worker_socket.blank()
+        self.close = _worker_socket.close
+        self.adapt = _worker_socket.adapt
         self.count_exit_handlers = atexit._ncallbacks
 
     # -- commands
@@ -306,12 +297,13 @@ class Handler:
 
     # -- forks
 
-    def before_fork(self) -> bool:
+    def before_fork(self, sock: Any) -> bool:
         """Whether the child has exit handlers to forget."""
+        self.adapt(sock)
         flush()
         return atexit._ncallbacks() > 0
 
-    def clear_atexit(self) -> None:
+    def clear_atexit(self, _: None) -> None:
         atexit._clear()
 
 
@@ -456,7 +448,6 @@ def main() -> NoReturn:
 def prepare() -> None:
     """What site would have done, and what every worker needs: once, here."""
     import site
-    import socket  # noqa: F401 - run hands out sockets
 
     from . import _handles  # noqa: F401
 

@@ -158,6 +158,7 @@ static PyMethodDef functions[] = {
     {"spawn", (PyCFunction)(void (*)(void))binding_spawn,
      METH_VARARGS | METH_KEYWORDS, NULL},
     {"exit_status", binding_exit_status, METH_O, NULL},
+    {"change_type", binding_change_type, METH_VARARGS, NULL},
     {"set_title", binding_set_title, METH_O, NULL},
     {"get_environ", binding_get_environ, METH_NOARGS, NULL},
     {"get_umask", binding_get_umask, METH_NOARGS, NULL},
