@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from ._logs import LogRelay
     from ._output import OutputPipe
-    from ._stream import Stream
+    from ._stream import Items
 
 _CREDIT = struct.Struct("=I")
 
@@ -111,7 +111,7 @@ class Call(asyncio.Future[Any]):
         self.options: list[bytes] | None = None
         self.on_event: Callable[[Event], object] | None = None
         self.output: tuple[bytes, bytes] | None = None
-        self.stream: Stream | None = None
+        self.stream: Items | None = None
         self.connection: Connection | None = None
 
     def cancel(self, msg: Any = None) -> bool:
