@@ -31,6 +31,7 @@ from ._kinds import (
     STOP,
     STREAM,
 )
+from ._watch import Watch
 
 if TYPE_CHECKING:
     from afork._fork import Fork
@@ -185,7 +186,8 @@ class Connection:
         self.ended: asyncio.Future[None] = loop.create_future()
         #: It takes nothing any more; what explains that can still be read.
         self._deaf = False
-        self._flushing = self._writing = False
+        self._flushing = False
+        self._watch: Watch | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- starting
@@ -210,7 +212,9 @@ class Connection:
             sock.close()
             return
         self.link = _afork.Link(sock.detach())
-        self.loop.add_reader(self.link.fileno(), self._on_readable)
+        self._watch = Watch(
+            self.loop, self.link.fileno(), self._on_readable, self._flush
+        )
         self._send_backlog()
         self._flush()
 
@@ -278,12 +282,8 @@ class Connection:
             if not all_sent or not self.backlog:
                 break
             self._send_backlog()
-        if self._writing == all_sent:
-            self._writing = not all_sent
-            if self._writing:
-                self.loop.add_writer(link.fileno(), self._flush)
-            else:
-                self.loop.remove_writer(link.fileno())
+        if self._watch is not None:
+            self._watch.write(not all_sent)
         if self.finishing and not self.calls:
             link.shutdown()
 
@@ -434,9 +434,9 @@ class Connection:
     def close_link(self) -> None:
         link, self.link = self.link, None
         if link is not None:
-            self.loop.remove_reader(link.fileno())
-            if self._writing:
-                self.loop.remove_writer(link.fileno())
+            if self._watch is not None:
+                self._watch.close()
+                self._watch = None
             link.close()
 
     def _broken(self, error: BaseException) -> None:
