@@ -24,6 +24,14 @@ if TYPE_CHECKING:
     from ._main_template import fork_main as fork_main
     from ._subprocess import create_subprocess_exec as create_subprocess_exec
     from ._subprocess import create_subprocess_shell as create_subprocess_shell
+    from .pool._executor import Executor as Executor
+    from .pool._pool import Pool as Pool
+    from .pool._pool import PoolStats as PoolStats
+    from .rpc._client import Captured as Captured
+    from .rpc._client import Event as Event
+    from .rpc._rpc import Rpc as Rpc
+    from .rpc._shared import SharedBuffer as SharedBuffer
+    from .rpc._stream import Stream as Stream
 
 #: Path of the interpreter that templates run; None finds the application's own.
 python: str | None = None
@@ -43,6 +51,14 @@ _HOMES = {
     "fork_main": "_main_template",
     "create_subprocess_exec": "_subprocess",
     "create_subprocess_shell": "_subprocess",
+    "Executor": "pool._executor",
+    "Pool": "pool._pool",
+    "PoolStats": "pool._pool",
+    "Captured": "rpc._client",
+    "Event": "rpc._client",
+    "Rpc": "rpc._rpc",
+    "Stream": "rpc._stream",
+    "SharedBuffer": "rpc._shared",
 }
 
 __all__ = sorted([*_HOMES, "python"])

@@ -12,7 +12,7 @@ import errno
 import os
 import sys
 
-from . import _afork
+from . import _afork, _worker_socket
 from ._version import __version__
 
 TYPE_CHECKING = False
@@ -39,6 +39,7 @@ serving = False
 
 #: Whether the application's main program is being executed here once more.
 loading_main = False
+main_loaded = False
 
 #: What 3.15 adds to a missing module where -S was given: not true of us, as
 #: the search path is the application's.
@@ -46,6 +47,9 @@ _SITE_HINT = (
     ". Site initialization is disabled, did you forget to add the site-packages "
     "directory to sys.path or to enable your virtual environment?"
 )
+
+#: Whose frames say nothing to the author of the code in the process.
+_OURS = (__file__, os.path.join(os.path.dirname(__file__), "rpc", ""))
 
 #: Source of evaluated code by the file name that tracebacks show.
 _sources: dict[str, str] = {}
@@ -63,14 +67,14 @@ def _format(exc: BaseException) -> str:
     for name, source in _sources.items():
         linecache.cache[name] = (len(source), None, source.splitlines(True), name)
     tb = exc.__traceback__
-    # Our own frames say nothing to the author of the code.
-    while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
+    while tb is not None and tb.tb_frame.f_code.co_filename.startswith(_OURS):
         tb = tb.tb_next
     text = "".join(traceback.format_exception(type(exc), exc, tb))
     return text.replace(_SITE_HINT, "")
 
 
-def _failure(stage: str, exc: BaseException) -> Failure:
+def _describe(exc: BaseException) -> tuple[bytes, bytes]:
+    """Qualified name and message of an exception, whatever its class does."""
     cls = type(exc)
     name = cls.__qualname__
     if cls.__module__ != "builtins":
@@ -79,23 +83,16 @@ def _failure(stage: str, exc: BaseException) -> Failure:
         message = _text(exc)
     except BaseException as broken:  # its __str__ is foreign code
         message = _text(f"<no message: {BaseException.__repr__(broken)}>")
+    return _text(name), message
+
+
+def _failure(stage: str, exc: BaseException) -> Failure:
+    name, message = _describe(exc)
     try:
         trace = _text(_format(exc))
     except BaseException:  # the same, or no descriptor left to import with
         trace = b""
-    return stage, 0, _text(name), message, trace, b""
-
-
-def _blank_socket() -> Any:
-    """A socket object to be filled in by run: all but its descriptor."""
-    import socket
-
-    blank = socket.socket.__new__(socket.socket)
-    model = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    for name in ("_io_refs", "_closed"):
-        setattr(blank, name, getattr(model, name))
-    model.close()
-    return blank
+    return stage, 0, name, message, trace, b""
 
 
 def _untag(item: bytes) -> str | bytes:
@@ -154,9 +151,11 @@ class Handler:
     def __init__(self, plain: bool) -> None:
         self.plain = plain
         self.func: Callable[..., object] | None = None
-        self.blank = _blank_socket()
+        #: Taken from here by the server.
+        self.blank = _worker_socket.blank()
+        self.close = _worker_socket.close
+        self.adapt = _worker_socket.adapt
         self.count_exit_handlers = atexit._ncallbacks
-        self.main_loaded = False
 
     # -- commands
 
@@ -236,7 +235,7 @@ class Handler:
 
             site.main()
         elif key == "main":
-            self.load_main(*_afork.unpack_strings(value))
+            load_main(*_afork.unpack_strings(value))
         elif key == "env":
             name_, _, text = value.partition(b"=")
             os.environb[name_] = text
@@ -263,48 +262,6 @@ class Handler:
             _afork.make_plain()
         else:
             raise ValueError(f"unknown setting {key!r}")
-
-    def load_main(self, kind: bytes, name: bytes) -> None:
-        """Load the application's main program here, as multiprocessing does."""
-        global loading_main
-        if self.main_loaded or not name:
-            return
-        self.main_loaded = True
-        old = _main()
-        module = type(sys)("__mp_main__")
-        module.__dict__.update(
-            {k: v for k, v in old.__dict__.items() if not k.startswith("__")}
-        )
-        if kind != b"path":
-            import importlib.util
-
-            text = os.fsdecode(name)
-            if kind == b"entry":  # a folder or a zip file
-                from importlib.machinery import PathFinder
-
-                spec = PathFinder.find_spec("__main__", [text])
-            else:
-                spec = importlib.util.find_spec(text)
-            if spec is None or spec.loader is None:
-                raise ImportError(f"cannot find the main module {text!r}")
-            module.__spec__ = spec
-            module.__loader__ = spec.loader
-            module.__package__ = spec.parent
-            module.__file__ = spec.origin
-            code = spec.loader.get_code(spec.name)  # type: ignore[attr-defined]
-        else:
-            path = os.fsdecode(name)
-            module.__file__ = path
-            # Half of the two is a warning when a traceback is made (3.15).
-            del module.__spec__, module.__loader__
-            with open(path, "rb") as file:
-                code = compile(file.read(), path, "exec", dont_inherit=True)
-        sys.modules["__main__"] = sys.modules["__mp_main__"] = module
-        loading_main = True
-        try:
-            exec(code, module.__dict__)
-        finally:
-            loading_main = False
 
     # -- run
 
@@ -340,13 +297,62 @@ class Handler:
 
     # -- forks
 
-    def before_fork(self) -> bool:
+    def before_fork(self, sock: Any) -> bool:
         """Whether the child has exit handlers to forget."""
+        self.adapt(sock)
         flush()
         return atexit._ncallbacks() > 0
 
-    def clear_atexit(self) -> None:
+    def clear_atexit(self, _: None) -> None:
         atexit._clear()
+
+
+def load_main(kind: bytes, name: bytes) -> bool:
+    """Load the application's main program here, as multiprocessing does.
+
+    Returns:
+        Whether it was done now: once is enough.
+    """
+    global loading_main, main_loaded
+    if main_loaded or not name:
+        return False
+    main_loaded = True
+    old = _main()
+    module = type(sys)("__mp_main__")
+    module.__dict__.update(
+        {k: v for k, v in old.__dict__.items() if not k.startswith("__")}
+    )
+    if kind != b"path":
+        import importlib.util
+
+        text = os.fsdecode(name)
+        if kind == b"entry":  # a folder or a zip file
+            from importlib.machinery import PathFinder
+
+            spec = PathFinder.find_spec("__main__", [text])
+        else:
+            spec = importlib.util.find_spec(text)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"cannot find the main module {text!r}")
+        module.__spec__ = spec
+        module.__loader__ = spec.loader
+        module.__package__ = spec.parent
+        module.__file__ = spec.origin
+        code = spec.loader.get_code(spec.name)  # type: ignore[attr-defined]
+    else:
+        path = os.fsdecode(name)
+        module.__file__ = path
+        # Half of the two is a warning when a traceback is made (3.15).
+        del module.__spec__, module.__loader__
+        with open(path, "rb") as file:
+            code = compile(file.read(), path, "exec", dont_inherit=True)
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+    loading_main = True
+    try:
+        exec(code, module.__dict__)
+    finally:
+        loading_main = False
+    return True
 
 
 def flush() -> None:
@@ -442,7 +448,6 @@ def main() -> NoReturn:
 def prepare() -> None:
     """What site would have done, and what every worker needs: once, here."""
     import site
-    import socket  # noqa: F401 - run hands out sockets
 
     from . import _handles  # noqa: F401
 

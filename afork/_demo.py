@@ -1,6 +1,6 @@
 """The job of ``python -m afork demo``.
 
-A pool of HTTP servers on one socket, watched from outside: this process is the
+A set of HTTP servers on one socket, watched from outside: this process is the
 application, the client, and the one that kills a worker under load.
 """
 
@@ -9,27 +9,29 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
-import math
 import os
 import platform
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 
 import afork
 
+from ._demo_check import FATAL, question
+from .pool._core import usable_cpus
+
 WORKERS = 4
 REQUESTS = 2_000
 AT_ONCE = 32
-#: The number of the request in whose answer a worker is killed.
-FATAL = 500
+#: Answers that are checked by one call.
+BATCH = 100
 #: Seconds for everything.
 LIMIT = 60.0
 
 HOST = "127.0.0.1"
-PRIMES_IN_TABLE = 539_777  # below 8,000,000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Row:
     claims: int | None = None
 
 
-class Pool:
+class Servers:
     """Workers on one socket, forked from one template, replaced when they die."""
 
     def __init__(self, template: afork.Fork) -> None:
@@ -120,10 +122,10 @@ class Pool:
 
 
 class Client:
-    """Asks the pool, many requests at once, until each has its answer."""
+    """Asks the servers, many requests at once, until each has its answer."""
 
-    def __init__(self, pool: Pool, port: int) -> None:
-        self._pool = pool
+    def __init__(self, servers: Servers, port: int) -> None:
+        self._servers = servers
         self._port = port
         self.answers: dict[int, tuple[int, bytes]] = {}  # pid, body
         self.lost = 0
@@ -153,7 +155,7 @@ class Client:
         return await self._get("/table", None if self.lost else self._kill)
 
     def _kill(self, pid: int) -> None:
-        victim = self._pool.find(pid)
+        victim = self._servers.find(pid)
         victim.memory = Memory.of(pid)
         victim.fork.kill()
 
@@ -185,10 +187,12 @@ class Client:
 class Result:
     """What has happened, to be compared with what was promised."""
 
-    pool: Pool
+    servers: Servers
     client: Client
     others: list[Row]
     output: bytes
+    #: The numbers of the requests whose answers are right.
+    right: set[int]
 
 
 async def run() -> Result:
@@ -212,22 +216,22 @@ async def run() -> Result:
     top = Row("template", template, time.perf_counter() - began)
 
     say(f"2. {WORKERS} workers are forked from it. All accept on {HOST}:{port}.")
-    pool = Pool(template)
-    client = Client(pool, port)
+    servers = Servers(template)
+    client = Client(servers, port)
     async with asyncio.TaskGroup() as group:
         for _ in range(WORKERS):
-            group.create_task(pool.supervise(await pool.start()))
+            group.create_task(servers.supervise(await servers.start()))
 
         say(f"3. {REQUESTS:,} HTTP requests, {AT_ONCE} at a time.")
         began = time.perf_counter()
         await client.ask_all()
         seconds = time.perf_counter() - began
-        await pool.replaced.wait()
-        for row in (top, *pool.rows):
+        await servers.replaced.wait()
+        for row in (top, *servers.rows):
             row.memory = row.memory or Memory.of(row.fork.pid)
-        await pool.stop()
+        await servers.stop()
     count = collections.Counter(pid for pid, _ in client.answers.values())
-    for row in pool.rows:
+    for row in servers.rows:
         row.served = count[row.fork.pid or 0]
     say(
         f"   {len(client.answers):,} answers in {seconds:.2f} s, "
@@ -241,8 +245,49 @@ async def run() -> Result:
     template.close()
     top.status = await template.wait()
 
-    print_table([top, *pool.rows, program])
-    return Result(pool, client, [top, program], output)
+    say(f"5. A pool of {usable_cpus()} processes checks every answer.")
+    right = await check(client.answers)
+
+    print_table([top, *servers.rows, program])
+    return Result(servers, client, [top, program], output, right)
+
+
+async def check(answers: dict[int, tuple[int, bytes]]) -> set[int]:
+    """The numbers of the right answers, found by many processes."""
+    began = time.perf_counter()
+    bar = Bar(len(answers))
+    items = [(number, body) for number, (_, body) in answers.items()]
+    batches = [items[i : i + BATCH] for i in range(0, len(items), BATCH)]
+    right: set[int] = set()
+    async with afork.Pool("afork._demo_check.check", on_event=bar.on_event) as pool:
+        async for some in pool.map(None, batches, ordered=False):
+            right.update(some)
+    bar.end()
+    seconds = time.perf_counter() - began
+    say(f"   {len(right):,} of {len(answers):,} are right, in {seconds:.2f} s.")
+    return right
+
+
+class Bar:
+    """A progress bar, on a terminal."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.done = 0
+        self.shown = sys.stdout.isatty()
+
+    def on_event(self, event: afork.Event) -> None:
+        """A process has got a little further."""
+        (more,) = event.args
+        self.done += more
+        if self.shown:
+            width = 60 * self.done // self.total
+            bar = f"{'#' * width}{'.' * (60 - width)}"
+            print(f"\r   [{bar}] {100 * self.done // self.total} %", end="", flush=True)
+
+    def end(self) -> None:
+        if self.shown:
+            print(f"\r{' ' * 72}\r", end="", flush=True)
 
 
 async def run_program(client: Client) -> tuple[Row, bytes]:
@@ -276,44 +321,26 @@ async def read_to_end(sock: socket.socket) -> bytes:
 # -- what was promised
 
 
-def question(number: int) -> int:
-    """The number whose next prime a request asks for."""
-    return number * 499 % 999_983
-
-
-def is_prime(n: int) -> bool:
-    return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
-
-
-def is_right(number: int, body: bytes) -> bool:
-    if number == FATAL:
-        return body.count(1) == PRIMES_IN_TABLE
-    first, last = question(number), int(body)
-    return is_prime(last) and not any(map(is_prime, range(first, last)))
-
-
 def promises_kept(result: Result) -> bool:
     """Check each promise, and say which was broken."""
-    pool, client = result.pool, result.client
-    killed = [row for row in pool.rows if row.status == -signal.SIGKILL]
-    alive = [row for row in pool.rows if row not in killed]
+    servers, client = result.servers, result.client
+    killed = [row for row in servers.rows if row.status == -signal.SIGKILL]
+    alive = [row for row in servers.rows if row not in killed]
     lines = (line.split() for line in result.output.splitlines())
     counted = {int(pid): int(n) for n, pid in lines}
     kept = {
         "every request has its answer": len(client.answers) == REQUESTS,
-        "every answer is right": all(
-            is_right(number, body) for number, (_, body) in client.answers.items()
-        ),
+        "every answer is right": result.right == set(client.answers),
         "no request was refused": client.refused == 0,
         "one worker was killed": len(killed) == 1,
         "it has taken one request with it": client.lost == 1,
         "it was replaced": len(alive) == WORKERS,
-        "the new worker has served": bool(pool.rows[-1].served),
+        "the new worker has served": bool(servers.rows[-1].served),
         "workers have given as many answers as have arrived": all(
             row.claims == row.served for row in alive
         ),
         "the program has counted the same": counted
-        == {row.fork.pid: row.served for row in pool.rows if row.served},
+        == {row.fork.pid: row.served for row in servers.rows if row.served},
         "all the others have ended with status 0": all(
             row.status == 0 for row in (*alive, *result.others)
         ),

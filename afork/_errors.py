@@ -77,7 +77,36 @@ class TemplateError(_ProcessError):
 
 
 class WorkerLost(_ProcessError):
-    """The process ended before it could do what was asked of it."""
+    """The process ended before it could do what was asked of it.
+
+    ``stderr`` is the last of what it has written to standard error, if that
+    was captured; it is part of ``str()``.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        pid: int | None = None,
+        status: int | None = None,
+        *,
+        stderr: str = "",
+    ) -> None:
+        super().__init__(message, pid, status)
+        #: The end of its standard error, or "".
+        self.stderr = stderr
+
+    @property
+    def signal(self) -> int | None:
+        """Number of the signal that killed the process, None for another end."""
+        return (self.status or 0) & 0x7F or None
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if self.stderr:
+            lines = self.stderr.rstrip("\n").splitlines()
+            text += "\n\nLast on its standard error:\n"
+            text += "\n".join("  " + x for x in lines)
+        return text
 
 
 class RemoteError(AforkError):

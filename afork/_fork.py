@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ._handles import HandleLike
+    from .rpc._client import Event
+    from .rpc._rpc import Rpc
 
 StrOrBytes: TypeAlias = "str | bytes"
 
@@ -387,6 +389,51 @@ class Fork:
             channel.frame(_afork.CMD_RUN, encoded)
             process.flush()
         return Run(process)
+
+    def rpc(
+        self,
+        func: str | Callable[..., object],
+        *,
+        init: str | Callable[..., object] | None = None,
+        done: str | Callable[..., object] | None = None,
+        on_event: Callable[[Event], object] | None = None,
+        on_error: Callable[[BaseException], object] | None = None,
+        on_destroy: Callable[[], object] | None = None,
+        asynchronous: bool = False,
+        codec: object = "pickle",
+    ) -> Rpc:
+        """Let the process answer calls of a function.
+
+        Queued at the call, as `run` is.
+
+        Args:
+            func: An importable function or its name; ``async def`` if
+                asynchronous.
+            init: Function called in the process first, with its pending
+                arguments.
+            done: Function called in the process at its orderly end.
+            on_event: Called with an `Event` for each `afork.rpc.event` of the
+                process.
+            on_error: Called with the error, once, if the process dies or does
+                not start.
+            on_destroy: Called when the process has ended.
+            asynchronous: Whether calls run together on an event loop in the
+                process, or one after the other.
+            codec: "pickle", "json", "bytes", "cloudpickle", or an importable
+                object with ``dumps`` and ``loads``.
+
+        Raises:
+            TypeError: a lambda, a closure: nothing to import.
+            ClosedError: after run, exec, to_fh or close.
+        """
+        from .rpc._rpc import Rpc, Setup
+
+        setup = Setup(
+            func, init=init, done=done, asynchronous=asynchronous, codec=codec
+        )
+        return Rpc(
+            self, setup, on_event=on_event, on_error=on_error, on_destroy=on_destroy
+        )
 
     def exec(
         self,

@@ -122,9 +122,9 @@ def arrived(fd: int) -> object:
 
     kind = stat.S_IFMT(os.fstat(fd).st_mode)
     if kind == stat.S_IFSOCK:
-        import socket
+        from ._worker_socket import of_descriptor
 
-        sock = socket.socket(fileno=fd)
+        sock = of_descriptor(fd)
         if not os.get_blocking(fd):
             sock.setblocking(False)
         return sock

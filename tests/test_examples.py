@@ -22,10 +22,41 @@ README = ROOT / "README.rst"
 
 #: What each example prints.
 OUTPUT = {
+    "executor": """\
+        anna    4f900a659f61
+        otto    7ece3becff1b
+        hannah  e6cab0ec549f
+        cancelled while it ran: True
+        divmod: [(2, 6), (3, 0), (3, 1)]
+        """,
     "one_worker": """\
         hello, anna
         hello, otto
         exit status: 0
+        """,
+    "pool_timeout": """\
+        results: [4, 9]
+        timeout: the call has run for 0.2 s
+        cancelled
+        crashed: SIGSEGV
+        and on it goes: [0.0, 2.6, 3.7, 4.6, 5.3, 5.9, 6.5, 7.0]
+        10 done, 1 cancelled, 1 lost
+        """,
+    "rpc_progress": """\
+        360
+           factor 2, 180 left
+           factor 2, 90 left
+           factor 2, 45 left
+           factor 3, 15 left
+           factor 3, 5 left
+           factor 5, 1 left
+           [2, 2, 2, 3, 3, 5]
+        1001
+           factor 7, 143 left
+           factor 11, 13 left
+           factor 13, 1 left
+           [7, 11, 13]
+        TypeError: '>' not supported between instances of 'str' and 'int'
         """,
     "run_programs": """\
         exit status: 3
@@ -47,6 +78,9 @@ OUTPUT = {
     "single_file": """\
         afork bgpsl chqtm dirun ejsvo fktwp gluxq hmvyr inwzs joxat
         a new process is empty
+        """,
+    "streaming": """\
+        27 comes down to 1 in 111 steps, from 9232
         """,
     "subprocess_exec": """\
         sorted: ['9', '10', '100']
@@ -75,7 +109,8 @@ def run(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_each_example_is_known():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(OUTPUT)
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert names == {*OUTPUT, "test_with_pool"}
 
 
 @pytest.mark.parametrize("name", sorted(OUTPUT))
@@ -85,6 +120,13 @@ def test_example(name, tmp_path):
     done = run(path, cwd=tmp_path)
     assert (done.stdout, done.stderr) == (textwrap.dedent(OUTPUT[name]), "")
     assert done.returncode == 0
+
+
+def test_example_for_pytest(tmp_path):
+    path = EXAMPLES / "test_with_pool.py"
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", path, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout
 
 
 # -- README.rst

@@ -9,6 +9,8 @@
 
 struct binding_state {
     PyTypeObject *channel_type;
+    PyTypeObject *link_type;
+    PyTypeObject *mapping_type;
 };
 
 /* Sets OSError from a core status (< 0) and returns NULL. */
@@ -27,6 +29,9 @@ void binding_strs_release(struct binding_strs *s);
 /* channel.c */
 extern PyType_Spec binding_channel_spec;
 
+/* link.c */
+extern PyType_Spec binding_link_spec;
+
 /* server.c */
 PyObject *binding_serve(PyObject *module, PyObject *args);
 PyObject *binding_fork(PyObject *module, PyObject *unused);
@@ -39,13 +44,38 @@ PyObject *binding_make_plain(PyObject *module, PyObject *unused);
 /* The function behind a name whose module is loaded; NULL without an
  * exception if it takes more than looking it up. */
 PyObject *binding_find_loaded(const char *name, size_t len);
-/* Calls the function with a socket for fd (consumed) and the arguments; -1
- * with the exception that it has raised. */
-int binding_enter(PyObject *handler, PyObject *func, PyObject *blank, int fd,
-                  PyObject *args);
-/* Ends the process with status 0 if nothing but a flush is left to do. */
-void binding_end_plainly(PyObject *count_exit_handlers, PyObject *threading,
-                         PyObject *flush);
+/* Makes the blank socket object the one of fd (consumed); -1 and an exception.
+ */
+int binding_fill_socket_take(PyObject *blank, int fd);
+/* Calls the function with the socket and the other arguments; -1 with the
+ * exception that it has raised. */
+int binding_enter(PyObject *handler, PyObject *func, PyObject *const *args,
+                  size_t n);
+PyObject *binding_change_type(PyObject *module, PyObject *args);
+/* Whether nothing but a flush is left to do at the end of the process. */
+int binding_ends_plainly(PyObject *count_exit_handlers, PyObject *threading);
+/* By the function that closes a socket object, whatever comes of it. */
+void binding_close_socket(PyObject *sock, PyObject *close);
+
+/* stdio.c */
+struct binding_layer {
+    PyObject *object; /* strong */
+    char *image;      /* owned: what it was like with nothing to flush */
+};
+struct binding_stdio {
+    struct binding_stream {
+        struct binding_layer text, buffer;
+    } streams[2]; /* stdout, stderr */
+};
+/* To be called when both have just been flushed. */
+void binding_stdio_remember(struct binding_stdio *s);
+void binding_stdio_forget(struct binding_stdio *s);
+/* Flushes what has changed since. */
+void binding_stdio_flush(const struct binding_stdio *s, PyObject *flush);
+
+/* mapping.c */
+extern PyType_Spec binding_mapping_spec;
+PyObject *binding_map_private(PyObject *module, PyObject *args);
 
 /* process.c */
 PyObject *binding_spawn(PyObject *module, PyObject *args, PyObject *kwargs);

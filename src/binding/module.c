@@ -1,9 +1,11 @@
-/* The module afork._afork: its functions, its type, its constants. */
+/* The module afork._afork: its functions, its types, its constants. */
 #include "binding.h"
 
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
+
+#include "link.h"
 
 PyObject *
 binding_oserror_name(int status, PyObject *filename)
@@ -117,6 +119,22 @@ pack_strings(PyObject *module, PyObject *sequence)
     return bytes;
 }
 
+/* Where memory is: to find out whether it lies in a mapping of ours. */
+static PyObject *
+buffer_address(PyObject *module, PyObject *obj)
+{
+    Py_buffer view;
+    PyObject *pair;
+
+    (void)module;
+    if (PyObject_GetBuffer(obj, &view, PyBUF_SIMPLE) < 0)
+        return NULL;
+    pair =
+        Py_BuildValue("Kn", (unsigned long long)(uintptr_t)view.buf, view.len);
+    PyBuffer_Release(&view);
+    return pair;
+}
+
 /* What C code has printed into its own buffer, which Python knows nothing of.
  * Not every stream: one that another thread reads from is locked. */
 static PyObject *
@@ -140,10 +158,13 @@ static PyMethodDef functions[] = {
     {"spawn", (PyCFunction)(void (*)(void))binding_spawn,
      METH_VARARGS | METH_KEYWORDS, NULL},
     {"exit_status", binding_exit_status, METH_O, NULL},
+    {"change_type", binding_change_type, METH_VARARGS, NULL},
     {"set_title", binding_set_title, METH_O, NULL},
     {"get_environ", binding_get_environ, METH_NOARGS, NULL},
     {"get_umask", binding_get_umask, METH_NOARGS, NULL},
+    {"map_private", binding_map_private, METH_VARARGS, NULL},
     {"pack_strings", pack_strings, METH_O, NULL},
+    {"buffer_address", buffer_address, METH_O, NULL},
     {"flush_stdout", flush_stdout, METH_NOARGS, NULL},
     {"unpack_strings", unpack_strings, METH_O, NULL},
     {NULL, NULL, 0, NULL},
@@ -164,7 +185,17 @@ add_constants(PyObject *module)
 #undef ADD
     if (PyModule_AddIntConstant(module, "FRAME_MAX", AFORK_FRAME_MAX) < 0)
         return -1;
+    if (PyModule_AddIntConstant(module, "LINK_FRAME_MAX",
+                                AFORK_LINK_FRAME_MAX) < 0)
+        return -1;
     return PyModule_AddIntConstant(module, "HANDLES_MAX", AFORK_HANDLES_MAX);
+}
+
+static int
+add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **ret_type)
+{
+    *ret_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
+    return *ret_type ? PyModule_AddType(module, *ret_type) : -1;
 }
 
 static int
@@ -172,10 +203,12 @@ module_exec(PyObject *module)
 {
     struct binding_state *state = PyModule_GetState(module);
 
-    state->channel_type = (PyTypeObject *)PyType_FromModuleAndSpec(
-        module, &binding_channel_spec, NULL);
-    if (!state->channel_type ||
-        PyModule_AddType(module, state->channel_type) < 0)
+    if (add_type(module, &binding_channel_spec, &state->channel_type) < 0 ||
+        add_type(module, &binding_link_spec, &state->link_type) < 0)
+        return -1;
+    state->mapping_type = (PyTypeObject *)PyType_FromModuleAndSpec(
+        module, &binding_mapping_spec, NULL);
+    if (!state->mapping_type)
         return -1;
     return add_constants(module);
 }
@@ -186,6 +219,8 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
     struct binding_state *state = PyModule_GetState(module);
 
     Py_VISIT(state->channel_type);
+    Py_VISIT(state->link_type);
+    Py_VISIT(state->mapping_type);
     return 0;
 }
 
@@ -195,6 +230,8 @@ module_clear(PyObject *module)
     struct binding_state *state = PyModule_GetState(module);
 
     Py_CLEAR(state->channel_type);
+    Py_CLEAR(state->link_type);
+    Py_CLEAR(state->mapping_type);
     return 0;
 }
 

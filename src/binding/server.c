@@ -19,16 +19,25 @@
 
 extern char **environ;
 
+enum {
+    PAGE = 4096,
+    LOCK_SIZE = 32, /* of what CPython makes anew in a forked process */
+    CACHED = 7,     /* blocks of a size that malloc keeps at hand */
+};
+
 struct py_server {
     struct afork_server server;
-    PyObject *handler; /* strong */
-    PyObject *func;    /* strong: what run has found, or NULL */
-    PyObject *blank;   /* strong: the socket object that run fills */
-    PyObject *count_exit_handlers;         /* strong */
+    PyObject *handler;             /* strong */
+    PyObject *func;                /* strong: what run has found, or NULL */
+    PyObject *sock;                /* strong: blank until run fills it */
+    PyObject *close;               /* strong: what closes it */
+    PyObject *count_exit_handlers; /* strong */
     PyObject *name_threading, *name_flush; /* strong: made before any fork */
+    struct binding_stdio stdio;            /* as it was at the last fork */
     int keep_title;                        /* the title was set by hand */
     PyThreadState *thread;                 /* released while the loop waits */
     int dirty;        /* Python has run since the last fork */
+    int interested;   /* signals may have handlers in Python */
     int clear_atexit; /* the process has exit handlers a child must not run */
     struct py_server *outer;
 };
@@ -115,6 +124,7 @@ op_find(void *self, const uint8_t *name, size_t len,
     if (!p->server.plain)
         p->func = binding_find_loaded(text, len);
     if (!p->func) {
+        p->dirty = 1;
         r = take_answer(PyObject_CallMethod(p->handler, "find", "y#", text,
                                             (Py_ssize_t)len),
                         ret_failure);
@@ -138,6 +148,10 @@ op_interrupted(void *self)
 {
     struct py_server *p = self;
 
+    /* Mostly the end of a child: no reason to touch the memory that the next
+     * fork shares. */
+    if (!p->dirty && !p->interested)
+        return;
     PyEval_RestoreThread(p->thread);
     p->dirty = 1; /* a handler may have printed */
     if (PyErr_CheckSignals() < 0)
@@ -182,16 +196,45 @@ fork_python(struct afork_server *server)
     return pid < 0 ? -saved : pid;
 }
 
-static void
-call_or_complain(PyObject *handler, const char *method, int *ret_true)
+/* Whether a method of the handler returns True; complains if it raises. */
+static int
+answers_true(PyObject *handler, const char *method, PyObject *arg)
 {
-    PyObject *answer = PyObject_CallMethod(handler, method, NULL);
+    PyObject *answer = PyObject_CallMethod(handler, method, "O", arg);
+    int yes = answer == Py_True;
 
     if (!answer)
         PyErr_WriteUnraisable(handler);
-    else if (ret_true)
-        *ret_true = answer == Py_True;
     Py_XDECREF(answer);
+    return yes;
+}
+
+/*
+ * The next few blocks of the size of a lock come from neighbouring addresses:
+ * a forked process makes all its locks anew, and each would be in another
+ * page.
+ */
+static void
+gather_locks(void)
+{
+    void *blocks[16 * CACHED];
+    int n = sizeof blocks / sizeof *blocks;
+
+    for (int i = 0; i < n; i++)
+        blocks[i] = malloc(LOCK_SIZE);
+    while (n-- > 0) /* the last ones are cached: all before were fragments */
+        free(blocks[n]);
+}
+
+/* What has to be looked at anew once Python has run. */
+static void
+before_fork(struct py_server *p)
+{
+    p->clear_atexit = answers_true(p->handler, "before_fork", p->sock);
+    binding_stdio_remember(&p->stdio);
+    p->interested = afork_signals_foreign();
+    gather_locks();
+    p->dirty = 0;
 }
 
 static pid_t
@@ -203,11 +246,10 @@ op_fork(void *self)
     PyEval_RestoreThread(p->thread);
     /* Between two forks of an idle template no Python runs. */
     if (p->dirty)
-        call_or_complain(p->handler, "before_fork", &p->clear_atexit);
-    p->dirty = 0;
+        before_fork(p);
     pid = fork_python(&p->server);
     if (pid == 0 && p->clear_atexit) {
-        call_or_complain(p->handler, "clear_atexit", NULL);
+        answers_true(p->handler, "clear_atexit", Py_None);
         p->clear_atexit = 0;
     }
     p->thread = PyEval_SaveThread();
@@ -245,48 +287,109 @@ arg_object(struct py_server *p, struct afork_arg *arg)
     return NULL;
 }
 
-static PyObject *
-arg_list(struct py_server *p)
+/* Fills in the objects of all arguments behind the socket; -1 with an
+ * exception. */
+static int
+get_args(struct py_server *p, PyObject **items)
 {
     struct afork_args *args = &p->server.args;
-    PyObject *list = PyList_New((Py_ssize_t)args->n);
 
-    for (size_t i = 0; list && i < args->n; i++) {
-        PyObject *item = arg_object(p, &args->list[i]);
-
-        if (item)
-            PyList_SET_ITEM(list, (Py_ssize_t)i, item);
-        else
-            Py_CLEAR(list);
+    for (size_t i = 0; i < args->n; i++) {
+        items[i] = arg_object(p, &args->list[i]);
+        if (!items[i])
+            return -1;
     }
-    return list;
+    return 0;
 }
 
 /* Runs the function; what it raises stays set. */
 static void
 enter(struct py_server *p)
 {
-    PyObject *args = arg_list(p);
+    size_t n = p->server.args.n + 1;
+    PyObject *few[8] = {NULL}, **stack = few;
     int fd = p->server.sock;
 
-    if (args) {
-        p->server.sock = AFORK_NOFD;
-        binding_enter(p->handler, p->func, p->blank, fd, args);
+    /* The heap is touched only if there are many. */
+    if (n > sizeof few / sizeof *few)
+        stack = PyMem_Calloc(n, sizeof *stack);
+    if (!stack) {
+        PyErr_NoMemory();
+        return;
     }
-    Py_XDECREF(args);
+    if (get_args(p, stack + 1) == 0) {
+        p->server.sock = AFORK_NOFD;
+        if (p->dirty)
+            answers_true(p->handler, "adapt", p->sock);
+        if (binding_fill_socket_take(p->sock, fd) == 0) {
+            stack[0] = p->sock;
+            binding_enter(p->handler, p->func, stack, n);
+        }
+    }
+    for (size_t i = 1; i < n; i++)
+        Py_XDECREF(stack[i]);
+    if (stack != few)
+        PyMem_Free(stack);
+}
+
+/* Lets go of the socket, unless the function has kept it. */
+static void
+close_socket(struct py_server *p)
+{
+    if (Py_REFCNT(p->sock) == 1)
+        binding_close_socket(p->sock, p->close);
+}
+
+/* The end of the process, unless there is more to do than Python has code
+ * for. */
+static void
+end(struct py_server *p)
+{
+    if (!binding_ends_plainly(p->count_exit_handlers, p->name_threading))
+        return;
+    /* Who reads the end of file may rely on what was written before it. */
+    binding_stdio_flush(&p->stdio, p->name_flush);
+    close_socket(p);
+    _exit(0);
 }
 
 static void
 py_server_free(struct py_server *p)
 {
     afork_server_free(&p->server);
+    binding_stdio_forget(&p->stdio);
     Py_XDECREF(p->handler);
     Py_XDECREF(p->func);
-    Py_XDECREF(p->blank);
+    Py_XDECREF(p->sock);
+    Py_XDECREF(p->close);
     Py_XDECREF(p->count_exit_handlers);
     Py_XDECREF(p->name_threading);
     Py_XDECREF(p->name_flush);
-    PyMem_Free(p);
+    free(p);
+}
+
+/* In a page of its own, as it is written at each fork by both processes: by
+ * chance it would lie across two. */
+static struct py_server *
+py_server_alloc(void)
+{
+    const size_t size = (sizeof(struct py_server) + PAGE - 1) / PAGE * PAGE;
+    struct py_server *p = aligned_alloc(PAGE, size);
+
+    if (p)
+        memset(p, 0, sizeof *p);
+    return p;
+}
+
+/* A strong reference to an attribute that is not needed there any more. */
+static PyObject *
+take_attribute(PyObject *from, const char *name)
+{
+    PyObject *value = PyObject_GetAttrString(from, name);
+
+    if (value && PyObject_DelAttrString(from, name) < 0)
+        Py_CLEAR(value);
+    return value;
 }
 
 PyObject *
@@ -300,19 +403,20 @@ binding_serve(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "ipO|O:serve", &fd, &plain, &handler,
                           &failure))
         return NULL;
-    p = PyMem_Calloc(1, sizeof *p);
+    p = py_server_alloc();
     if (!p)
         return PyErr_NoMemory();
     afork_server_init_take(&p->server, fd, plain, &ops, p);
     p->handler = Py_NewRef(handler);
     p->dirty = 1;
-    p->blank = PyObject_GetAttrString(handler, "blank");
+    p->sock = take_attribute(handler, "blank");
+    p->close = take_attribute(handler, "close");
     p->count_exit_handlers =
         PyObject_GetAttrString(handler, "count_exit_handlers");
     p->name_threading = PyUnicode_InternFromString("threading");
     p->name_flush = PyUnicode_InternFromString("flush");
-    if (!p->blank || !p->count_exit_handlers || !p->name_threading ||
-        !p->name_flush ||
+    if (!p->sock || !p->close || !p->count_exit_handlers ||
+        !p->name_threading || !p->name_flush ||
         (failure != Py_None && get_failure(failure, &p->server.failure) < 0)) {
         py_server_free(p);
         return NULL;
@@ -329,9 +433,11 @@ binding_serve(PyObject *module, PyObject *args)
     else if (r != AFORK_END)
         Py_XDECREF(PyObject_CallMethod(p->handler, "broken", "i", -r));
     if (!PyErr_Occurred()) {
-        binding_end_plainly(p->count_exit_handlers, p->name_threading,
-                            p->name_flush);
+        end(p);
+        close_socket(p);
         result = Py_NewRef(Py_None);
+    } else {
+        p->sock = NULL; /* stays open: a traceback is going to be written */
     }
     current = p->outer;
     py_server_free(p);

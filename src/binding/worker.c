@@ -14,6 +14,19 @@
 
 #include "fd.h"
 
+/* An attribute; of a module from where it is, past the caches of its type. */
+static PyObject *
+get_attribute(PyObject *from, PyObject *name)
+{
+    PyObject *found = NULL;
+
+    if (PyModule_CheckExact(from))
+        found = PyDict_GetItemWithError(PyModule_GetDict(from), name);
+    if (found || PyErr_Occurred())
+        return Py_XNewRef(found);
+    return PyObject_GetAttr(from, name);
+}
+
 /* Follows a dotted path of attributes; NULL with an exception set. */
 static PyObject *
 get_path(PyObject *from, const char *path, size_t len)
@@ -25,7 +38,7 @@ get_path(PyObject *from, const char *path, size_t len)
         size_t n = dot ? (size_t)(dot - path) : len;
         PyObject *name = PyUnicode_FromStringAndSize(path, (Py_ssize_t)n);
 
-        Py_SETREF(found, name ? PyObject_GetAttr(found, name) : NULL);
+        Py_SETREF(found, name ? get_attribute(found, name) : NULL);
         Py_XDECREF(name);
         if (!dot)
             break;
@@ -68,81 +81,108 @@ binding_find_loaded(const char *name, size_t len)
     return found;
 }
 
+/* Whether instances of both look the same in memory. */
+static int
+same_layout(PyTypeObject *a, PyTypeObject *b)
+{
+    const unsigned long heap = Py_TPFLAGS_HEAPTYPE;
+    PyObject *slots_a, *slots_b;
+
+    if (!(PyType_GetFlags(a) & PyType_GetFlags(b) & heap))
+        return 0;
+    slots_a = ((PyHeapTypeObject *)a)->ht_slots;
+    slots_b = ((PyHeapTypeObject *)b)->ht_slots;
+    return a->tp_base == b->tp_base && a->tp_basicsize == b->tp_basicsize &&
+           a->tp_itemsize == b->tp_itemsize &&
+           a->tp_dictoffset == b->tp_dictoffset &&
+           a->tp_weaklistoffset == b->tp_weaklistoffset && slots_a &&
+           slots_b && PyObject_RichCompareBool(slots_a, slots_b, Py_EQ) == 1;
+}
+
+/*
+ * Changes the type of an object to one of the same layout.  Assigning to
+ * __class__ refuses types with slots and weak references, whose layout it
+ * does not look at closely enough.
+ */
+PyObject *
+binding_change_type(PyObject *module, PyObject *args)
+{
+    PyObject *object, *type;
+    PyTypeObject *old;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "OO!:change_type", &object, &PyType_Type,
+                          &type))
+        return NULL;
+    old = Py_TYPE(object);
+    if (!same_layout(old, (PyTypeObject *)type)) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "the layout differs");
+        return NULL;
+    }
+    Py_INCREF(type);
+    Py_SET_TYPE(object, (PyTypeObject *)type);
+    Py_DECREF(old);
+    Py_RETURN_NONE;
+}
+
 /*
  * A blank socket object, made by the template, becomes the socket of fd: what
  * socket.socket.__init__ does, but for the code of it.
  */
-static PyObject *
-fill_socket_take(PyObject *blank, int fd)
+int
+binding_fill_socket_take(PyObject *blank, int fd)
 {
     PyTypeObject *base = Py_TYPE(blank)->tp_base;
     PyObject *args = Py_BuildValue("(iiii)", AF_UNIX, SOCK_STREAM, 0, fd);
+    int r = args ? base->tp_init(blank, args, NULL) : -1;
 
-    if (!args || base->tp_init(blank, args, NULL) < 0) {
+    if (r < 0)
         afork_fd_close(&fd);
-        Py_XDECREF(args);
-        return NULL;
-    }
-    Py_DECREF(args);
-    return Py_NewRef(blank);
+    Py_XDECREF(args);
+    return r;
 }
 
 int
-binding_enter(PyObject *handler, PyObject *func, PyObject *blank, int fd,
-              PyObject *args)
+binding_enter(PyObject *handler, PyObject *func, PyObject *const *args,
+              size_t n)
 {
-    size_t n = (size_t)PyList_GET_SIZE(args);
-    PyObject *result = NULL, *sock;
-    PyObject **stack = PyMem_Calloc(n + 1, sizeof *stack);
+    PyObject *result = PyObject_Vectorcall(func, args, n, NULL);
 
-    sock = stack ? fill_socket_take(blank, fd) : PyErr_NoMemory();
-    if (sock) {
-        stack[0] = sock;
-        for (size_t i = 0; i < n; i++)
-            stack[i + 1] = PyList_GET_ITEM(args, (Py_ssize_t)i);
-        result = PyObject_Vectorcall(func, stack, n + 1, NULL);
-    }
-    PyMem_Free(stack);
     if (result && Py_TYPE(result)->tp_as_async &&
         Py_TYPE(result)->tp_as_async->am_await)
         Py_SETREF(result, PyObject_CallMethod(handler, "finish", "O", result));
-    /*
-     * What the function has let go of is closed here, not at the end: the
-     * application sees the end of file before the process is torn down.
-     */
-    Py_XDECREF(sock);
     Py_XDECREF(result);
     return result ? 0 : -1;
 }
 
-static void
-flush_stream(const char *name, PyObject *flush)
-{
-    PyObject *stream = PySys_GetObject(name), *result = NULL;
-
-    if (stream && stream != Py_None)
-        result = PyObject_CallMethodNoArgs(stream, flush);
-    Py_XDECREF(result);
-    PyErr_Clear(); /* closed, or a reader that has gone */
-}
-
-void
-binding_end_plainly(PyObject *count_exit_handlers, PyObject *threading,
-                    PyObject *flush)
+int
+binding_ends_plainly(PyObject *count_exit_handlers, PyObject *threading)
 {
     PyObject *count;
     long handlers = -1;
 
     if (PyDict_GetItemWithError(PyImport_GetModuleDict(), threading))
-        return;
+        return 0;
     count = PyObject_CallNoArgs(count_exit_handlers);
     if (count)
         handlers = PyLong_AsLong(count);
     Py_XDECREF(count);
     PyErr_Clear();
-    if (handlers != 0)
-        return;
-    flush_stream("stdout", flush);
-    flush_stream("stderr", flush);
-    _exit(0);
+    return handlers == 0;
+}
+
+/*
+ * Closed here rather than by the kernel, which tears down the memory of a
+ * process before its descriptors: the application sees the end of file that
+ * much earlier.  And closed rather than let go of, which would be worth a
+ * ResourceWarning.
+ */
+void
+binding_close_socket(PyObject *sock, PyObject *close)
+{
+    PyObject *result = PyObject_CallOneArg(close, sock);
+
+    Py_XDECREF(result);
+    PyErr_Clear(); /* ECONNRESET and the like: it is closed */
 }

@@ -4,7 +4,7 @@
  * read(2) would destroy a descriptor that rides on the bytes, MSG_PEEK would
  * install it twice, and a control buffer of "one int" has room for two on
  * 64-bit Linux, the second of which would stay open unseen.  So everything
- * goes through these two functions, with room for as many as the kernel can
+ * goes through the two functions of many, with room for as many as the kernel can
  * send at once.
  */
 #define _GNU_SOURCE
@@ -18,38 +18,45 @@
 #include "fd.h"
 
 ssize_t
-afork_fdpass_send(int sock, const void *data, size_t len, int fd)
+afork_fdpass_send_many(int sock, const void *data, size_t len, const int *fds,
+                       size_t n)
 {
     union {
         struct cmsghdr align;
-        char space[CMSG_SPACE(sizeof(int))];
+        char space[CMSG_SPACE(AFORK_FDPASS_MAX * sizeof(int))];
     } control;
     struct iovec iov = {.iov_base = (void *)(uintptr_t)data, .iov_len = len};
     struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
-    ssize_t n;
+    ssize_t sent;
 
     /* A descriptor on no bytes vanishes without an error. */
-    if (len == 0)
+    if (len == 0 || n > AFORK_FDPASS_MAX)
         return -EINVAL;
-    if (fd >= 0) {
-        memset(&control, 0, sizeof control);
+    if (n) {
         msg.msg_control = control.space;
-        msg.msg_controllen = sizeof control.space;
+        msg.msg_controllen = CMSG_SPACE(n * sizeof *fds);
+        memset(&control, 0, msg.msg_controllen);
         struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
         c->cmsg_level = SOL_SOCKET;
         c->cmsg_type = SCM_RIGHTS;
-        c->cmsg_len = CMSG_LEN(sizeof(int));
-        memcpy(CMSG_DATA(c), &fd, sizeof fd);
+        c->cmsg_len = CMSG_LEN(n * sizeof *fds);
+        memcpy(CMSG_DATA(c), fds, n * sizeof *fds);
     }
     do
-        n = sendmsg(sock, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
-    while (n < 0 && errno == EINTR);
-    return n < 0 ? -errno : n;
+        sent = sendmsg(sock, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
+    while (sent < 0 && errno == EINTR);
+    return sent < 0 ? -errno : sent;
 }
 
-/* Takes the descriptors out of one control message; returns their number. */
+ssize_t
+afork_fdpass_send(int sock, const void *data, size_t len, int fd)
+{
+    return afork_fdpass_send_many(sock, data, len, &fd, fd >= 0);
+}
+
+/* Adds the descriptors of one control message to fds; their number. */
 static size_t
-take_fds(const struct cmsghdr *c, size_t found, int *first)
+take_fds(const struct cmsghdr *c, int *fds, size_t found)
 {
     size_t n = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
 
@@ -57,16 +64,17 @@ take_fds(const struct cmsghdr *c, size_t found, int *first)
         int fd;
 
         memcpy(&fd, CMSG_DATA(c) + i * sizeof fd, sizeof fd);
-        if (found + i == 0)
-            *first = fd;
-        else
+        if (found < AFORK_FDPASS_MAX)
+            fds[found++] = fd;
+        else /* the kernel promises that there are no more */
             afork_fd_close(&fd);
     }
-    return n;
+    return found;
 }
 
 ssize_t
-afork_fdpass_recv(int sock, void *data, size_t len, int *ret_fd)
+afork_fdpass_recv_many(int sock, void *data, size_t len, int wait,
+                       int fds[AFORK_FDPASS_MAX], size_t *ret_n)
 {
     union {
         struct cmsghdr align;
@@ -81,28 +89,45 @@ afork_fdpass_recv(int sock, void *data, size_t len, int *ret_fd)
         .msg_control = control.space,
         .msg_controllen = sizeof control.space,
     };
-    int fd = AFORK_NOFD;
     size_t found = 0;
     ssize_t n;
 
     do
-        n = recvmsg(sock, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-    while (n < 0 && errno == EINTR);
+        n = recvmsg(sock, &msg, MSG_CMSG_CLOEXEC | (wait ? 0 : MSG_DONTWAIT));
+    while (n < 0 && errno == EINTR && !wait);
     if (n < 0)
         return -errno;
 
     for (struct cmsghdr *c = CMSG_FIRSTHDR(&msg); c; c = CMSG_NXTHDR(&msg, c))
         if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS)
-            found += take_fds(c, found, &fd);
-    if (found > 1 || (found == 1 && (msg.msg_flags & MSG_CTRUNC))) {
+            found = take_fds(c, fds, found);
+    /* Room was there for all of them: cut off means no slot in this process. */
+    if (msg.msg_flags & MSG_CTRUNC) {
+        if (found == AFORK_FDPASS_MAX)
+            afork_fd_close(&fds[--found]);
+        fds[found++] = AFORK_LOSTFD;
+    }
+
+    *ret_n = found;
+    return n;
+}
+
+ssize_t
+afork_fdpass_recv(int sock, void *data, size_t len, int *ret_fd)
+{
+    int fds[AFORK_FDPASS_MAX];
+    size_t found;
+    ssize_t n = afork_fdpass_recv_many(sock, data, len, 0, fds, &found);
+
+    if (n < 0)
+        return n;
+    if (found > 1) {
         /* The sender never puts two on one byte, whatever was cut off. */
-        afork_fd_close(&fd);
+        while (found)
+            afork_fd_close(&fds[--found]);
         return -EPROTO;
     }
-    /* Room was there for all of them: cut off means no slot in this process. */
-    if (msg.msg_flags & MSG_CTRUNC)
-        fd = AFORK_LOSTFD;
 
-    *ret_fd = fd;
+    *ret_fd = found ? fds[0] : AFORK_NOFD;
     return n;
 }

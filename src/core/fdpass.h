@@ -23,4 +23,17 @@ ssize_t afork_fdpass_send(int sock, const void *data, size_t len, int fd);
  */
 ssize_t afork_fdpass_recv(int sock, void *data, size_t len, int *ret_fd);
 
+/* The same for up to AFORK_FDPASS_MAX descriptors, none of them AFORK_NOFD. */
+ssize_t afork_fdpass_send_many(int sock, const void *data, size_t len,
+                               const int *fds, size_t n);
+
+/*
+ * Receives the descriptors of at most one send: the kernel stops behind the
+ * bytes that they rode on.  When some did not fit into this process, an
+ * AFORK_LOSTFD stands behind those that did.  With wait it blocks if the
+ * socket does, and -EINTR is returned instead of tried again.
+ */
+ssize_t afork_fdpass_recv_many(int sock, void *data, size_t len, int wait,
+                               int fds[AFORK_FDPASS_MAX], size_t *ret_n);
+
 #endif

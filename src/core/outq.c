@@ -171,39 +171,68 @@ afork_outq_fd_take(struct afork_outq *q, enum afork_carry carry,
 }
 
 int
+afork_outq_many(struct afork_outq *q, const void *head, size_t head_len,
+                const void *payload, size_t len, const int *fds, size_t n)
+{
+    uint64_t at = afork_outq_end(q);
+
+    if (n > AFORK_FDPASS_MAX)
+        return -EINVAL;
+    if (len > SIZE_MAX - head_len || reserve_bytes(q, head_len + len) < 0 ||
+        (n && reserve_fds(q, n) < 0))
+        return -ENOMEM;
+    for (size_t i = 0; i < n; i++)
+        q->fds[q->fds_tail++] =
+            (struct afork_outq_fd){.at = at, .frame = at, .fd = fds[i]};
+    put_bytes(q, head, head_len);
+    put_bytes(q, payload, len);
+    return 0;
+}
+
+/* The next send: its length, and the descriptors on its first byte. */
+static size_t
+next_send(const struct afork_outq *q, int fds[AFORK_FDPASS_MAX], size_t *ret_n)
+{
+    size_t i = q->fds_head, n = 0;
+
+    /* Of a byte that has gone: a reclaimed one. */
+    for (; i < q->fds_tail && q->fds[i].at <= q->sent; i++)
+        if (q->fds[i].fd >= 0)
+            fds[n++] = q->fds[i].fd;
+    *ret_n = n;
+    return i < q->fds_tail ? (size_t)(q->fds[i].at - q->sent)
+                           : afork_outq_len(q);
+}
+
+/* Forgets what the kernel has taken: n bytes, and what rode on the first. */
+static void
+sent(struct afork_outq *q, size_t n)
+{
+    while (q->fds_head < q->fds_tail && q->fds[q->fds_head].at <= q->sent)
+        afork_fd_close(&q->fds[q->fds_head++].fd);
+    q->head += n;
+    q->sent += n;
+}
+
+int
 afork_outq_flush(struct afork_outq *q, int sock)
 {
     while (afork_outq_len(q)) {
-        size_t len = afork_outq_len(q);
-        int fd = AFORK_NOFD;
-        ssize_t n;
+        int fds[AFORK_FDPASS_MAX];
+        size_t n, len = next_send(q, fds, &n);
+        ssize_t r;
 
-        /* Up to the next byte that carries a descriptor, or from it. */
-        if (q->fds_head < q->fds_tail) {
-            const struct afork_outq_fd *next = &q->fds[q->fds_head];
-
-            if (next->at > q->sent) {
-                len = (size_t)(next->at - q->sent);
-            } else {
-                fd = next->fd;
-                if (q->fds_head + 1 < q->fds_tail)
-                    len = (size_t)(next[1].at - q->sent);
-            }
-        }
-        n = afork_fdpass_send(sock, q->buf + q->head, len, fd);
+        r = afork_fdpass_send_many(sock, q->buf + q->head, len, fds, n);
         /*
          * Too many descriptors in flight for this user: the limit counts
          * what no process has received yet, so it passes like a full socket.
          */
-        if (n == -EAGAIN || n == -ETOOMANYREFS)
+        if (r == -EAGAIN || r == -ETOOMANYREFS)
             return 0;
-        if (n < 0)
-            return (int)n;
-        /* A short write took the descriptor with its first byte. */
-        if (fd >= 0)
-            afork_fd_close(&q->fds[q->fds_head++].fd);
-        q->head += (size_t)n;
-        q->sent += (uint64_t)n;
+        if (r < 0)
+            return (int)r;
+        /* A short write took the descriptors with its first byte. */
+        sent(q, (size_t)r);
     }
     q->head = q->tail = 0;
     q->fds_head = q->fds_tail = 0;
@@ -211,6 +240,11 @@ afork_outq_flush(struct afork_outq *q, int sock)
         free(q->buf);
         q->buf = NULL;
         q->cap = 0;
+    }
+    if (q->fds_cap * sizeof *q->fds > KEEP) {
+        free(q->fds);
+        q->fds = NULL;
+        q->fds_cap = 0;
     }
     return 1;
 }

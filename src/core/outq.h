@@ -1,7 +1,7 @@
 /*
  * Frames and descriptors waiting to be sent, merged into as few sends as the
- * protocol allows: a descriptor must ride on the first byte of its send, so
- * K descriptors and any number of frames cost K + 1 sends.
+ * protocol allows: descriptors must ride on the first byte of their send, so
+ * K bytes that carry some and any number of frames cost K + 1 sends.
  */
 #ifndef AFORK_OUTQ_H
 #define AFORK_OUTQ_H
@@ -53,6 +53,10 @@ int afork_outq_list(struct afork_outq *q, uint8_t letter,
 int afork_outq_fd_take(struct afork_outq *q, enum afork_carry carry,
                        uint8_t letter, const void *payload, size_t len, int fd,
                        uint64_t tag);
+/* Queue head and payload behind each other, and n descriptors that ride on
+ * the first byte; all or nothing.  On success they are the queue's. */
+int afork_outq_many(struct afork_outq *q, const void *head, size_t head_len,
+                    const void *payload, size_t len, const int *fds, size_t n);
 
 /*
  * Sends what the socket accepts without waiting: 1 when all is sent, 0 when

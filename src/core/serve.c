@@ -167,6 +167,8 @@ handle_handle(struct afork_server *s, const struct afork_frame *frame)
 void
 afork_server_forked(struct afork_server *s, pid_t parent)
 {
+    if (s->sock < 0) /* it was called already */
+        return;
     afork_fd_close(
         &s->sock); /* a second holder would hide our parent's death */
     if (s->plain || s->detached)
@@ -422,6 +424,7 @@ afork_serve(struct afork_server *s)
         if (afork_outq_len(&s->out))
             afork_server_flush(s);
     }
-    afork_signals_leave(&s->signals);
+    if (r != AFORK_ENTER) /* run has done so */
+        afork_signals_leave(&s->signals);
     return r;
 }

@@ -75,6 +75,22 @@ afork_signals_leave(struct afork_signals *s)
     sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
+int
+afork_signals_foreign(void)
+{
+    for (int sig = 1; sig < NSIG; sig++) {
+        struct sigaction now;
+
+        if (sigaction(sig, NULL, &now) < 0)
+            continue; /* glibc's own */
+        if ((now.sa_flags & SA_SIGINFO) ||
+            (now.sa_handler != SIG_DFL && now.sa_handler != SIG_IGN &&
+             now.sa_handler != swallow))
+            return 1;
+    }
+    return 0;
+}
+
 void
 afork_signals_block_all(sigset_t *ret_old)
 {

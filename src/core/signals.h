@@ -27,6 +27,10 @@ void afork_signals_close(struct afork_signals *s);
 /* What a worker starts with: their handlers, nothing blocked. */
 void afork_signals_leave(struct afork_signals *s);
 
+/* Whether a signal has a handler that is not ours: it would have to be told
+ * of what has interrupted the wait. */
+int afork_signals_foreign(void);
+
 /* Blocks everything around a fork, and undoes it. */
 void afork_signals_block_all(sigset_t *ret_old);
 void afork_signals_restore(const sigset_t *old);

@@ -141,6 +141,79 @@ class Reader:
         self.fd = None
 
 
+LINK_HEAD = struct.Struct("=IBBHQ")
+LINK_FRAME_MAX = 1 << 20
+
+
+def link_frame(kind=0, number=0, payload=b"", nfds=0, zero=0) -> bytes:
+    return LINK_HEAD.pack(len(payload), kind, nfds, zero, number) + payload
+
+
+def recvmsgs(sends, size=1 << 16):
+    """Yield what calls of recvmsg give after these sends, as Linux does it.
+
+    It joins sends, up to the end of the first that has descriptors; these come
+    with the first part of a send that does not fit.
+    """
+    queue = [(bytes(data), tuple(fds)) for data, fds in sends]
+    while queue:
+        got, received = b"", ()
+        while queue and len(got) < size and not received:
+            data, received = queue.pop(0)
+            taken = size - len(got)
+            got += data[:taken]
+            if data[taken:]:
+                queue.insert(0, (data[taken:], ()))
+        yield got, received
+
+
+@dataclass
+class LinkReader:
+    """Frames of a link out of what each recvmsg gave: bytes and descriptors."""
+
+    frames: list = field(default_factory=list)  # (kind, number, payload, fds)
+    error: str = ""
+    data: bytes = b""
+    fds: tuple = ()  # for a frame whose head is not complete
+    head: tuple | None = None  # of the frame that is not complete
+    head_fds: tuple = ()
+
+    def feed(self, data: bytes, fds=()) -> None:
+        if not self.error:
+            self.error = self.step(data, fds)
+
+    def step(self, data: bytes, fds) -> str:
+        self.data += data
+        fds = tuple(fds)
+        while True:
+            if self.head is None:
+                if len(self.data) < LINK_HEAD.size:
+                    break
+                head = LINK_HEAD.unpack_from(self.data)
+                length, _, nfds, zero, _ = head
+                if zero or length > LINK_FRAME_MAX:
+                    return "EPROTO"
+                if nfds or self.fds:
+                    # Those that came with the first part of this head, or new.
+                    mine, fds = (self.fds, fds) if self.fds else (fds, ())
+                    if len(mine) != nfds:
+                        return "EPROTO"
+                    self.head_fds, self.fds = mine, ()
+                self.head = head
+                self.data = self.data[LINK_HEAD.size :]
+            length, kind, _, _, number = self.head
+            if len(self.data) < length:
+                break
+            payload, self.data = self.data[:length], self.data[length:]
+            self.frames.append((kind, number, payload, self.head_fds))
+            self.head, self.head_fds = None, ()
+        if fds:  # for a frame that has begun, whose head is not complete
+            if self.fds or self.head is not None or not self.data:
+                return "EPROTO"
+            self.fds = fds
+        return ""
+
+
 class Peer:
     """The application's end: sends commands, takes reports, never waits long."""
 

@@ -1,5 +1,7 @@
 """Make the seed corpus anew: what afork really sends, as strace saw it.
 
+That of the links is made up: what matters is where frames are cut.
+
 python tests/fuzz/record.py        (wants strace and an installed afork)
 """
 
@@ -14,7 +16,13 @@ import afork
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "core"))
 
-from reference import HEAD, TO_PROCESS, get_list, put_list  # noqa: E402
+from reference import (  # noqa: E402
+    HEAD,
+    TO_PROCESS,
+    get_list,
+    link_frame,
+    put_list,
+)
 
 SESSION = """
 import sys
@@ -108,8 +116,34 @@ def for_strings(letter: str, payload: bytes) -> bytes | None:
     return None
 
 
+def for_link() -> set[bytes]:
+    """Return streams of frames, in one send, and cut with a recvmsg between."""
+
+    def send(data: bytes, fds: int = 0, receive: bool = True) -> bytes:
+        return bytes([fds | receive << 2, len(data)]) + data
+
+    def by_link(payload: bytes, fds: int = 0, receive: bool = True) -> bytes:
+        return bytes([fds | receive << 2 | 8, len(payload)]) + payload
+
+    plain, one = link_frame(1, 2, b"abc"), link_frame(3, 4, b"defg", 1)
+    two = link_frame(5, 6, b"", 2)
+    return {
+        send(plain),
+        send(plain + plain, receive=False) + send(one, 1) + send(two, 2),
+        send(plain + plain[:7]) + send(plain[7:]),
+        send(one[:7], 1) + send(one[7:17]) + send(one[17:]) + send(plain),
+        send(one[:17], 1) + send(one[17:], receive=False) + send(two, 2),
+        send(plain, 1, receive=False) + send(one),
+        send(one, 2),
+        send(link_frame(1, zero=1)),
+        send(link_frame(1)[:4] + b"\xff" * 12),
+        by_link(b"abc") + by_link(b"d", 1, False) + by_link(b"e", 3) + send(plain),
+    }
+
+
 def main() -> None:
     corpus: dict[str, set[bytes]] = {"reader": set(), "strings": set(), "serve": set()}
+    corpus["link"] = for_link()
     for to_process, raw in record():
         sends = list(without_paths(raw)) if to_process else raw
         data = b"".join(part for part, _ in sends)

@@ -29,7 +29,7 @@ def corpus(name: str) -> list[Path]:
 
 
 def test_there_are_harnesses():
-    assert len(HARNESSES) == 3
+    assert len(HARNESSES) == 4
     assert sorted(os.listdir(HERE / "corpus")) == HARNESSES
 
 

@@ -1,0 +1,516 @@
+"""The policy of a pool: who gets which call, and when processes come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from afork import _afork
+from afork._errors import ClosedError, TemplateError
+from afork._fork import Fork
+from afork._interpreter import update_path
+from afork.rpc._client import Event, call_user, copy_error
+from afork.rpc._logs import LogRelay
+from afork.rpc._output import OutputPipe
+from afork.rpc._rpc import Setup
+
+from ._worker import PoolCall, Worker
+
+logger = logging.getLogger("afork")
+
+#: Seconds in which a process that has nothing to do any more has to end.
+_GRACE = 1.0
+
+#: Seconds without an attempt after a process could not be started.
+_PAUSE = 1.0
+
+Sink = Callable[[str], object]
+
+
+def usable_cpus() -> int:
+    """The number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) or 1
+
+
+@dataclass(slots=True)
+class Counts:
+    """What has happened in a pool so far."""
+
+    #: Calls that had a result, and that raised.
+    done: int = 0
+    failed: int = 0
+    #: Calls that were cancelled, and that took too long.
+    cancelled: int = 0
+    timeouts: int = 0
+    #: Calls that were given to another process after a failure.
+    retries: int = 0
+    #: Processes started, recycled, and lost: ended without having been asked to.
+    started: int = 0
+    recycled: int = 0
+    lost: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Settings:
+    """The options of a pool; see `Pool`."""
+
+    idle: int
+    max: int
+    load: int
+    start: float
+    stop: float
+    max_calls: int | None
+    max_age: float | None
+    max_rss: int | None
+    stdout: Sink | None
+    stderr: Sink | str | None
+    logging: bool
+    on_event: Callable[[Event], object] | None
+    on_error: Callable[[BaseException], object] | None
+    on_destroy: Callable[[], object] | None
+
+
+class Core:
+    """A pool, without the object that users hold."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        template: Fork | None,
+        setup: Setup,
+        settings: Settings,
+    ) -> None:
+        self.loop = loop
+        self.setup = setup
+        self.settings = settings
+        self.asynchronous = setup.asynchronous
+        self.on_event = settings.on_event
+        self.count = Counts()
+        self._own_template = template is None
+        self._template = template
+        self._main_told = False
+        if template is not None:
+            self._prepare(template)
+        #: Processes that get calls or will, as many as count against max.
+        self.workers: set[Worker] = set()
+        self.starting = 0
+        #: Those that are to end, or have been killed.
+        self.leaving: set[Worker] = set()
+        #: By the number of calls that they have: those that can get one more.
+        self._rooms: list[dict[Worker, None]] = [{} for _ in range(settings.load + 1)]
+        #: Calls that no process has: (-priority, id, call).
+        self._heap: list[tuple[int, int, PoolCall]] = []
+        self.waiting = 0
+        #: Calls without an answer.
+        self.open = 0
+        self.closed = False
+        self._over: asyncio.Future[None] | None = None
+        self._growing = False
+        self._last_start = self._last_failure = -1e9
+        self._timers: set[asyncio.TimerHandle] = set()
+        self._stop_timer: asyncio.TimerHandle | None = None
+        self._destroyed = False
+        if settings.idle:
+            self._grow_soon()
+
+    # -- the template
+
+    def _prepare(self, template: Fork) -> None:
+        template.require(self.setup.entry.partition(":")[0])
+        if self.setup.needs_main:
+            self._tell_main(template)
+
+    def _tell_main(self, template: Fork) -> None:
+        self._main_told = True
+        process = template._process
+        if process.has_main or process.channel is None:
+            return
+        update_path(process)
+        values = self.setup.values
+        packed = _afork.pack_strings([values["main-kind"], values["main"]])
+        process.channel.strings(_afork.CMD_SET, [b"main", packed])
+        process.flush()
+
+    def need_main(self) -> None:
+        """A function of the main program is called: load it once, for all."""
+        if not self._main_told and "main" in self.setup.values:
+            self._tell_main(self.template)
+
+    @property
+    def template(self) -> Fork:
+        """The process that all others are forked from."""
+        template = self._template
+        if template is not None and not (self._own_template and _is_dead(template)):
+            return template
+        template = self._template = Fork.new()
+        needs_main, self._main_told = self._main_told, False
+        self._prepare(template)
+        if needs_main:
+            self._tell_main(template)
+        return template
+
+    # -- calls
+
+    def submit(self, call: PoolCall) -> None:
+        """Take a call."""
+        call.core = self
+        self.open += 1
+        if not self.waiting:
+            worker = self._roomy()
+            if worker is not None:
+                self._give(worker, call)
+                return
+        self._wait(call)
+        self._grow_soon()
+
+    def _wait(self, call: PoolCall) -> None:
+        call.connection = None
+        self.waiting += 1
+        heapq.heappush(self._heap, (-call.priority, call.id, call))
+
+    def again(self, call: PoolCall) -> None:
+        """A call that is still open has lost its process before it began, or is
+        to be tried once more: it waits ahead of those made after it."""
+        self._wait(call)
+        self._grow_soon()
+
+    def _roomy(self) -> Worker | None:
+        """The process with the least calls, if it may have one more."""
+        for room in self._rooms[:-1]:
+            if room:
+                # The one used last: its memory is in the caches, and others
+                # become idle for long enough to be stopped.
+                return next(reversed(room))
+        return None
+
+    def _give(self, worker: Worker, call: PoolCall) -> None:
+        load = len(worker.calls)
+        del self._rooms[load][worker]
+        self._rooms[load + 1][worker] = None
+        worker.take(call)
+
+    def _dispatch(self) -> None:
+        """Give waiting calls to processes that have room."""
+        while self.waiting and (worker := self._roomy()) is not None:
+            call = heapq.heappop(self._heap)[2]
+            if not call.done():
+                self.waiting -= 1
+                self._give(worker, call)
+
+    def cancelled(self, call: PoolCall) -> None:
+        """The user has cancelled a call."""
+        self.count.cancelled += 1
+        if call.stream is not None:
+            call.stream.wake()
+        if isinstance(call.connection, Worker):
+            call.connection.dismiss(call)
+            return
+        self.waiting -= 1
+        call.forget_request()
+        if len(self._heap) > 2 * self.waiting + 64:
+            self._heap = [item for item in self._heap if not item[2].done()]
+            heapq.heapify(self._heap)
+        self._close_call()
+
+    def closed_call(self, call: PoolCall) -> None:
+        """A call has had its end."""
+        if not call.cancelled():
+            if call.failed:
+                self.count.failed += 1
+            else:
+                self.count.done += 1
+        self._close_call()
+
+    def _close_call(self) -> None:
+        self.open -= 1
+        if not self.open and self._over is not None and not self._over.done():
+            self._over.set_result(None)
+
+    # -- processes
+
+    def freed(self, worker: Worker) -> None:
+        """A process has one call less."""
+        if worker not in self.workers:
+            if worker.retired and not worker.calls:
+                self._later(_GRACE, worker.kill)
+            return
+        load = len(worker.calls)
+        room = self._rooms[load + 1]
+        if worker in room:
+            del room[worker]
+            self._rooms[load][worker] = None
+        if self._is_worn(worker):
+            self.retire(worker)
+            self.count.recycled += 1
+            return
+        if self.waiting:
+            self._dispatch()
+        elif not load:
+            worker.idle_since = self.loop.time()
+            self._watch_idle()
+
+    def _is_worn(self, worker: Worker) -> bool:
+        s = self.settings
+        return (
+            (s.max_calls is not None and worker.answers >= s.max_calls)
+            or (s.max_age is not None and self.loop.time() - worker.began >= s.max_age)
+            or (s.max_rss is not None and worker.resident() > s.max_rss)
+        )
+
+    def worker_ready(self, worker: Worker) -> None:
+        """A process is initialised."""
+        if worker in self.workers:
+            self.starting -= 1
+            self._rooms[0][worker] = None
+            worker.idle_since = self.loop.time()
+            self._dispatch()
+            self._watch_idle()
+
+    def remove(self, worker: Worker) -> None:
+        """A process gets no further calls; another one takes its place."""
+        if worker not in self.workers:
+            return
+        self.workers.discard(worker)
+        self.leaving.add(worker)
+        if not worker.ready:
+            self.starting -= 1
+        for room in self._rooms:
+            room.pop(worker, None)
+        if self.waiting or len(self.workers) < self.settings.idle:
+            self._grow_soon()
+
+    def retire(self, worker: Worker) -> None:
+        """Let a process end after the calls that it has."""
+        if worker.retired:
+            return
+        worker.retired = True
+        self.remove(worker)
+        worker.finish()
+        if not worker.calls:
+            self._later(_GRACE, worker.kill)
+
+    def worker_ended(self, worker: Worker, error: BaseException) -> None:
+        """A process has ended, and all its calls have been told."""
+        self.leaving.discard(worker)
+        asked = worker.condemned or worker.finishing or self.closed
+        if not asked:
+            self.count.lost += 1
+            if not worker.ready:
+                self._start_failed(error)
+            else:
+                self._call_user(self.settings.on_error, error)
+        self._end_if_over()
+
+    # -- growing
+
+    def _grow_soon(self) -> None:
+        if not self._growing:
+            self._growing = True
+            self.loop.call_soon(self._grow)
+
+    def _grow(self) -> None:
+        """Start as many processes as are wanted, by one request."""
+        self._growing = False
+        s = self.settings
+        if self.closed and not self.waiting:
+            return
+        self._dispatch()
+        wanted = -(-self.waiting // s.load) - self.starting
+        if not self.closed:
+            idle = len(self._rooms[0]) + self.starting
+            wanted = max(wanted, s.idle - idle)
+        n = min(wanted, s.max - len(self.workers))
+        if n <= 0:
+            return
+        now = self.loop.time()
+        pause = self._last_failure + _PAUSE - now if self.workers else 0.0
+        if s.start and self.workers:
+            pause = max(pause, self._last_start + s.start - now)
+            n = 1
+        if pause > 0:
+            self._later(pause, self._grow_soon)
+            return
+        self._last_start = now
+        try:
+            for fork in self.template.fork_many(n):
+                self._start(fork)
+        except (OSError, ClosedError, TemplateError) as exc:
+            self._start_failed(exc)
+
+    def _start(self, fork: Fork) -> None:
+        worker = Worker(self.loop, self, fork, self.setup.codec)
+        handles: dict[str, int] = {}
+        s = self.settings
+        try:
+            if s.stdout is not None:
+                worker.stdout = OutputPipe(self.loop, s.stdout)
+                handles["stdout"] = worker.stdout.write_fd
+            if s.stderr is not None:
+                sink = 2 if isinstance(s.stderr, str) else s.stderr
+                worker.stderr = OutputPipe(self.loop, sink)
+                handles["stderr"] = worker.stderr.write_fd
+            if s.logging:
+                worker.logs = LogRelay(self.loop, extra={})
+                handles["logs"] = worker.logs.write_fd
+            run = self.setup.run(fork, handles)
+        finally:
+            for relay in (worker.stdout, worker.stderr, worker.logs):
+                if relay is not None:
+                    relay.close_write()
+        self.workers.add(worker)
+        self.starting += 1
+        self.count.started += 1
+        worker.start(run)
+
+    def _start_failed(self, error: BaseException) -> None:
+        """A process could not be started."""
+        now = self.loop.time()
+        # A template of ours that has died is replaced, but not for ever.
+        again = (
+            self._own_template
+            and self._template is not None
+            and _is_dead(self._template)
+            and now - self._last_failure > _PAUSE
+        )
+        self._last_failure = now
+        self._call_user(self.settings.on_error, error)
+        if self.workers or again:
+            if not again:
+                logger.warning("a process of a pool could not start: %s", error)
+            self._grow_soon()
+            return
+        # Nobody else can do what waits.
+        heap, self._heap = self._heap, []
+        for _, _, call in heap:
+            if not call.done():
+                self.waiting -= 1
+                call.forget_request()
+                call.failed = True
+                call.set_exception(copy_error(error))
+                if call.stream is not None:
+                    call.stream.wake()
+                self.closed_call(call)
+
+    # -- shrinking
+
+    def _watch_idle(self) -> None:
+        if self._stop_timer is None and len(self._rooms[0]) > self.settings.idle:
+            self._stop_timer = self.loop.call_later(self.settings.stop, self._shrink)
+
+    def _shrink(self) -> None:
+        """Let one process go that has had nothing to do for long enough."""
+        self._stop_timer = None
+        idle = self._rooms[0]
+        if len(idle) > self.settings.idle:
+            worker = next(iter(idle))  # the one used least
+            if self.loop.time() - worker.idle_since >= self.settings.stop * 0.99:
+                self.retire(worker)
+        self._watch_idle()
+
+    # -- the end
+
+    def _later(self, seconds: float, callback: Callable[[], Any]) -> None:
+        def call() -> None:
+            self._timers.discard(timer)
+            callback()
+
+        timer = self.loop.call_later(seconds, call)
+        self._timers.add(timer)
+
+    async def drain(self) -> None:
+        """Wait until no call is open."""
+        while self.open:
+            if self._over is None or self._over.done():
+                self._over = self.loop.create_future()
+            await asyncio.shield(self._over)
+
+    def let_go(self) -> None:
+        """The user's object has gone: end when all calls have been answered."""
+        self.closed = True
+        self._end_if_over()
+
+    def _end_if_over(self) -> None:
+        if not self.closed or self.open:
+            return
+        for worker in list(self.workers):
+            self.retire(worker)
+        if not self.leaving and not self._destroyed:
+            self._destroy()
+
+    def kill(self) -> None:
+        """End all processes now."""
+        for worker in [*self.workers, *self.leaving]:
+            worker.condemned = True
+            worker.kill()
+
+    async def close(self, timeout: float | None) -> None:
+        """Wait for the calls, up to a time; then end all processes."""
+        self.closed = True
+        try:
+            async with asyncio.timeout(timeout):
+                await self.drain()
+        except TimeoutError:
+            self.cancel_all()
+        except asyncio.CancelledError:
+            self.cancel_all()
+            await self._end_workers()
+            raise
+        await self._end_workers()
+
+    def cancel_all(self) -> None:
+        """Cancel the calls that are open, and kill the processes."""
+        for _, _, call in list(self._heap):
+            call.cancel()
+        for worker in [*self.workers, *self.leaving]:
+            for open_call in list(worker.calls.values()):
+                open_call.cancel()
+        self.kill()
+
+    async def _end_workers(self) -> None:
+        for worker in list(self.workers):
+            self.retire(worker)
+        if self.leaving:
+            ended = [worker.ended for worker in self.leaving]
+            await asyncio.wait(ended, timeout=_GRACE)
+            self.kill()
+            await asyncio.wait(ended)
+        if not self._destroyed:
+            self._destroy()
+        if self._own_template and self._template is not None:
+            await _end(self._template)
+
+    def _destroy(self) -> None:
+        self._destroyed = True
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+        if self._stop_timer is not None:
+            self._stop_timer.cancel()
+        if self._own_template and self._template is not None:
+            self._template.close()
+        self._call_user(self.settings.on_destroy)
+
+    def _call_user(self, callback: Callable[..., object] | None, *args: object) -> None:
+        if callback is not None:
+            call_user(self.loop, callback, *args)
+
+
+def _is_dead(template: Fork) -> bool:
+    process = template._process
+    return process.gone or process.broken or process.error is not None
+
+
+async def _end(template: Fork) -> None:
+    try:
+        async with asyncio.timeout(_GRACE):
+            await template.wait()
+    except Exception:
+        try:
+            template.kill()
+        except ProcessLookupError:
+            pass

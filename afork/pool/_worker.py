@@ -1,0 +1,217 @@
+"""One process of a pool, and the calls that it has been given."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Any
+
+from afork.rpc._client import Call, Connection
+from afork.rpc._codecs import Codec
+from afork.rpc._kinds import CANCEL
+
+if TYPE_CHECKING:
+    from afork._errors import WorkerLost
+    from afork._fork import Fork
+
+    from ._core import Core
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class PoolCall(Call):
+    """The answer to a call made through a pool, to be awaited.
+
+    Cancelling it ends the call: one that waits is forgotten, the process of
+    one that runs is killed.
+    """
+
+    __slots__ = (
+        "core",
+        "failed",
+        "kill_after",
+        "limit",
+        "priority",
+        "retries",
+        "retry_on",
+        "timer",
+    )
+
+    core: Core
+    #: It has raised, or its process was lost.
+    failed: bool
+    #: Seconds it may run, and seconds more before its process is killed.
+    limit: float | None
+    kill_after: float
+    priority: int
+    retries: int
+    retry_on: tuple[type[BaseException], ...]
+    timer: asyncio.TimerHandle | None
+
+    def cancel(self, msg: Any = None) -> bool:
+        """End the call."""
+        if not asyncio.Future.cancel(self, msg):
+            return False
+        self.core.cancelled(self)
+        return True
+
+
+class Worker(Connection):
+    """A process of a pool."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, core: Core, fork: Fork, codec: Codec
+    ) -> None:
+        super().__init__(loop, fork, codec)
+        self.core = core
+        self.began = loop.time()
+        #: When it had nothing to do any more.
+        self.idle_since = self.began
+        #: Calls that it has answered.
+        self.answers = 0
+        #: It gets no further calls.
+        self.retired = False
+        #: It will be killed because of what has become of the call it runs.
+        self.condemned = False
+        self.on_event = core.on_event
+
+    # -- calls
+
+    def take(self, call: PoolCall) -> None:
+        """Be given a call."""
+        self.submit(call)
+        if call.limit is not None and (self.core.asynchronous or len(self.calls) == 1):
+            self._arm(call)
+
+    def sent(self, call: Call) -> None:
+        # It is kept: should the process die before it has begun, another one
+        # will get it.  What runs at the same time as others may have begun.
+        assert isinstance(call, PoolCall)
+        if self.core.asynchronous and not call.retries:
+            call.forget_request()
+
+    def _arm(self, call: PoolCall) -> None:
+        """Its time has begun; a process that does not keep to it is killed."""
+        assert call.limit is not None
+        if call.timer is None:
+            call.timer = self.loop.call_later(
+                call.limit + call.kill_after, self._overdue, call
+            )
+
+    def _overdue(self, call: PoolCall) -> None:
+        if not call.done():
+            self.core.count.timeouts += 1
+            call.failed = True
+            call.set_exception(
+                TimeoutError(f"the call has not ended after {call.limit:g} s")
+            )
+        self._condemn(call)
+
+    def dismiss(self, call: PoolCall) -> None:
+        """Nobody waits for this call any more: end it, and no other."""
+        waits = not self.core.asynchronous and self._running() is not call
+        if not waits and not self.core.asynchronous and call.stream is None:
+            self._condemn(call)
+        elif self.link is not None:
+            # A task ends, a generator is closed, what waits is forgotten.
+            self.link.send(CANCEL, call.id, b"")
+            self._flush_soon()
+            if not waits:  # but the code in it may have its own mind
+                if call.timer is not None:
+                    call.timer.cancel()
+                call.timer = self.loop.call_later(call.kill_after, self._condemn, call)
+
+    def _condemn(self, call: PoolCall) -> None:
+        """Kill the process for a call that it is still at."""
+        if call.id in self.calls and not self.condemned:
+            self.condemned = True
+            self.kill()
+            self.core.remove(self)
+
+    def _running(self) -> Call | None:
+        """The call that a synchronous process is at."""
+        return next(iter(self.calls.values()), None)
+
+    def answer(self, call: Call, value: Any, error: BaseException | None) -> None:
+        assert isinstance(call, PoolCall)
+        if (
+            error is not None
+            and call.retries > 0
+            and not call.done()
+            and isinstance(error, call.retry_on)
+        ):
+            call.retries -= 1
+            self.core.count.retries += 1
+            self._stop_timer(call)
+            self.core.again(call)
+            self.core.freed(self)
+        else:
+            call.failed = call.failed or error is not None
+            super().answer(call, value, error)
+
+    def _stop_timer(self, call: PoolCall) -> None:
+        if call.timer is not None:
+            call.timer.cancel()
+            call.timer = None
+
+    def answered(self, call: Call) -> None:
+        assert isinstance(call, PoolCall)
+        self._stop_timer(call)
+        self.answers += 1
+        if self.calls and not self.core.asynchronous:
+            following = self._running()
+            assert isinstance(following, PoolCall)
+            if following.limit is not None:
+                self._arm(following)
+        self.core.closed_call(call)
+        self.core.freed(self)
+
+    # -- life
+
+    @property
+    def load(self) -> int:
+        """Calls that it has not answered."""
+        return len(self.calls)
+
+    def resident(self) -> int:
+        """Bytes of memory that it has resident; 0 once it has gone."""
+        try:
+            with open(f"/proc/{self.fork.pid}/statm", "rb") as file:
+                return int(file.read().split()[1]) * _PAGE
+        except (OSError, IndexError):
+            return 0
+
+    def on_ready(self) -> None:
+        self.core.worker_ready(self)
+
+    def on_retire(self) -> None:
+        self.core.retire(self)
+
+    def before_end(self) -> None:
+        # Replaced at once: what became of it may take a moment to be known.
+        self.core.remove(self)
+        # Of a synchronous process only the first call can have begun; of an
+        # asynchronous one all that it was sent.
+        unsent = {call.id for call in self.backlog}
+        first = self._running()
+        for call in list(self.calls.values()):
+            begun = self.core.asynchronous or call is first
+            if begun and call.id not in unsent:
+                continue
+            del self.calls[call.id]
+            assert isinstance(call, PoolCall)
+            self._stop_timer(call)
+            if call.done():
+                self.core.closed_call(call)
+            else:
+                self.core.again(call)
+        self.backlog.clear()
+
+    def on_end(self, error: BaseException, told: bool) -> None:
+        self.core.worker_ended(self, error)
+
+    def lost_error(self) -> WorkerLost:
+        error = super().lost_error()
+        if self.condemned:
+            error.add_note("afork: killed for a call that was cancelled or overdue")
+        return error

@@ -1,0 +1,242 @@
+"""The asynchronous back end: an event loop, and a task for each call."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import struct
+from collections.abc import AsyncIterator, Iterator
+from contextvars import ContextVar, copy_context
+from typing import TYPE_CHECKING, Any
+
+from . import _serve
+from ._kinds import (
+    CALL,
+    CANCEL,
+    CREDIT,
+    ITEM,
+    KEYWORDS,
+    OPTIONS,
+    RESULT,
+    STOP,
+    STREAM,
+    WINDOW,
+)
+
+if TYPE_CHECKING:
+    import socket
+
+_CREDIT = struct.Struct("=I")
+
+#: Bytes of unsent answers above which no further call is read.
+_UNSENT_MAX = 1 << 20
+
+_current: ContextVar[int] = ContextVar("afork call", default=0)
+
+
+class _Credit:
+    """Items that a stream may send; waiting for more."""
+
+    def __init__(self) -> None:
+        self.left = WINDOW
+        self.more = asyncio.Event()
+
+    def add(self, n: int) -> None:
+        self.left += n
+        self.more.set()
+
+    async def take(self) -> None:
+        while self.left <= 0:
+            self.more.clear()
+            await self.more.wait()
+        self.left -= 1
+
+
+class AsyncServer(_serve.Server):
+    """Serves calls with an ``async def`` function, many at a time."""
+
+    def __init__(self, sock: socket.socket, *args: Any) -> None:
+        super().__init__(sock, *args)
+        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self.credits: dict[int, _Credit] = {}
+        self.loop = asyncio.get_running_loop()
+        self.over: asyncio.Future[None] = self.loop.create_future()
+        self.reading = self.writing = self.flushing = False
+
+    async def main(self) -> None:
+        """Serve until the application has no more calls."""
+        try:
+            self.find()
+            await _finished(self.init())
+        except BaseException as exc:
+            self.send_error(0, exc, "init")
+            self.link.flush(True)
+            return
+        self.send_ready()
+        self.flush_some()
+        self.read(True)
+        await self.over
+        done = self.config.text("done")
+        if done:
+            await _finished(self.resolve(done)())
+
+    # -- the socket
+
+    def read(self, on: bool) -> None:
+        if on and not self.reading:
+            self.loop.add_reader(self.link.fileno(), self.readable)
+        elif self.reading and not on:
+            self.loop.remove_reader(self.link.fileno())
+        self.reading = on
+
+    def readable(self) -> None:
+        if not self.reading:
+            return
+        try:
+            frames = self.link.receive()
+        except OSError:
+            self.stop()
+            return
+        for kind, id, payload, fds in frames:
+            if kind & ~KEYWORDS in (CALL, STREAM):
+                self.start(kind, id, payload, fds)
+            elif kind == CANCEL:
+                task = self.tasks.get(id)
+                if task is not None:
+                    task.cancel()
+            elif kind == CREDIT and id in self.credits:
+                self.credits[id].add(_CREDIT.unpack(payload)[0])
+            elif kind == OPTIONS:
+                self.take_options(id, payload)
+        if self.link.pending:
+            self.loop.call_soon(self.readable)
+        elif self.link.eof:
+            self.read(False)
+            self.end_if_idle()
+
+    def stop(self) -> None:
+        """The application has gone: nobody wants to know any more."""
+        self.read(False)
+        for task in self.tasks.values():
+            task.cancel()
+        if not self.over.done():
+            self.over.set_result(None)
+
+    def end_if_idle(self) -> None:
+        over = self.link.eof and not self.tasks and not self.link.queued
+        if over and not self.over.done():
+            self.over.set_result(None)
+
+    def sent(self) -> None:
+        """Send at the end of this turn, together with what else it brings."""
+        if not self.flushing:
+            self.flushing = True
+            self.loop.call_soon(self.flush_some)
+
+    def flush_some(self) -> None:
+        self.flushing = False
+        try:
+            all_sent = self.link.flush()
+        except OSError:
+            self.stop()
+            return
+        if all_sent == self.writing:
+            self.writing = not all_sent
+            if self.writing:
+                self.loop.add_writer(self.link.fileno(), self.flush_some)
+            else:
+                self.loop.remove_writer(self.link.fileno())
+        # Answers that nobody fetches must not pile up: no further calls then.
+        if not self.link.eof:
+            self.read(self.link.queued < _UNSENT_MAX)
+        self.end_if_idle()
+
+    # -- calls
+
+    def start(self, kind: int, id: int, payload: bytes, fds: tuple[int, ...]) -> None:
+        work = self.call if kind & ~KEYWORDS == CALL else self.stream
+        context = copy_context()
+        context.run(_current.set, id)
+        self.tasks[id] = self.loop.create_task(
+            self.answer(work, kind, id, payload, fds), context=context
+        )
+
+    async def answer(
+        self, work: Any, kind: int, id: int, payload: bytes, fds: tuple[int, ...]
+    ) -> None:
+        try:
+            await work(kind, id, payload, fds)
+        except BaseException as exc:
+            self.send_error(id, exc)
+        finally:
+            self.tasks.pop(id, None)
+            self.sent()
+
+    async def invoke(
+        self, kind: int, id: int, payload: bytes, fds: tuple[int, ...]
+    ) -> Any:
+        """The function's result, or (of a stream) its iterator."""
+        options = self.options.pop(id, {})
+        args, kwargs = self.decode(kind, payload, fds)
+        if "context" in options:
+            from ._options import set_context
+
+            set_context(self, options["context"])
+        seconds = float(options["timeout"]) if "timeout" in options else None
+        async with asyncio.timeout(seconds):
+            return await _finished(self.func(*args, **kwargs))
+
+    async def call(
+        self, kind: int, id: int, payload: bytes, fds: tuple[int, ...]
+    ) -> None:
+        self.send(RESULT, id, await self.invoke(kind, id, payload, fds))
+
+    async def stream(
+        self, kind: int, id: int, payload: bytes, fds: tuple[int, ...]
+    ) -> None:
+        credit = self.credits[id] = _Credit()
+        try:
+            source = await self.invoke(kind, id, payload, fds)
+            items = _async_iterator(source)
+            try:
+                async for item in items:
+                    await credit.take()
+                    self.send(ITEM, id, item)
+                    self.sent()
+            finally:
+                await items.aclose()
+                close = getattr(source, "aclose", None)
+                if close is not None:
+                    await close()
+        finally:
+            del self.credits[id]
+        self.link.send(STOP, id, b"")
+
+    # -- what afork.rpc offers
+
+    def call_id(self) -> int:
+        return _current.get()
+
+
+async def _finished(value: Any) -> Any:
+    """The value, awaited if that can be done."""
+    return await value if inspect.isawaitable(value) else value
+
+
+async def _async_iterator(source: Any) -> Any:
+    """One kind of generator over both kinds of iterables."""
+    if isinstance(source, AsyncIterator) or hasattr(source, "__aiter__"):
+        async for item in source:
+            yield item
+    else:
+        items: Iterator[object] = iter(source)
+        for item in items:
+            yield item
+            await asyncio.sleep(0)  # it must not keep the loop for itself
+
+
+async def enter(sock: socket.socket, *args: Any) -> None:
+    """What the process runs."""
+    server = AsyncServer(sock, *args)
+    _serve.publish(server)
+    await server.main()

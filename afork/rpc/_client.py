@@ -1,0 +1,541 @@
+"""The application's side of RPC: calls, and the connection that carries them."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import struct
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from afork import _afork
+from afork._errors import ClosedError, ProtocolError, WorkerLost
+from afork._state import next_id
+
+from ._codecs import Codec, close_all, find_codec
+from ._exceptions import decode_exception
+from ._kinds import (
+    CALL,
+    CANCEL,
+    CREDIT,
+    ERROR,
+    EVENT,
+    ITEM,
+    KEYWORDS,
+    OPTIONS,
+    OUTPUT,
+    READY,
+    RESULT,
+    RETIRE,
+    STOP,
+    STREAM,
+)
+
+if TYPE_CHECKING:
+    from afork._fork import Fork
+
+    from ._logs import LogRelay
+    from ._output import OutputPipe
+    from ._stream import Stream
+
+_CREDIT = struct.Struct("=I")
+
+#: Bytes that wait for the socket above which further calls wait here: there
+#: they can still be cancelled.
+_UNSENT_MAX = 256 << 10
+
+
+class Event(NamedTuple):
+    """What a process has sent with `afork.rpc.event`."""
+
+    #: Id of the call that has sent it, 0 for none.
+    call_id: int
+    args: tuple[Any, ...]
+
+
+class Captured(NamedTuple):
+    """The result of a call made with ``capture=True``."""
+
+    value: Any
+    #: What was written to descriptors 1 and 2 meanwhile.
+    stdout: bytes
+    stderr: bytes
+
+
+class Descriptors:
+    """Descriptors of a call that has not been sent; owned."""
+
+    __slots__ = ("fds",)
+
+    def __init__(self, fds: tuple[int, ...]) -> None:
+        self.fds = fds
+
+    def close(self) -> None:
+        """Close them; more than once does no harm."""
+        fds, self.fds = self.fds, ()
+        close_all(fds)
+
+    __del__ = close
+
+
+class Call(asyncio.Future[Any]):
+    """The answer to a call, to be awaited; cancelling it cancels the call."""
+
+    __slots__ = (
+        "connection",
+        "fds",
+        "id",
+        "kind",
+        "on_event",
+        "options",
+        "output",
+        "payload",
+        "stream",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        kind: int,
+        payload: bytes,
+        fds: tuple[int, ...],
+    ) -> None:
+        super().__init__(loop=loop)
+        #: Number of the call in this application.
+        self.id = next_id()
+        self.kind = kind
+        #: The arguments, encoded; None once they need not be sent any more.
+        self.payload: bytes | None = payload
+        self.fds = Descriptors(fds) if fds else None
+        self.options: list[bytes] | None = None
+        self.on_event: Callable[[Event], object] | None = None
+        self.output: tuple[bytes, bytes] | None = None
+        self.stream: Stream | None = None
+        self.connection: Connection | None = None
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Cancel the call; see `Rpc` and `Pool` for what that does to it."""
+        if not super().cancel(msg):
+            return False
+        if self.connection is not None:
+            self.connection.cancelled(self)
+        return True
+
+    def forget_request(self) -> None:
+        """It will not be sent (again)."""
+        self.payload = None
+        if self.fds:
+            self.fds.close()
+            self.fds = None
+
+
+def encode_call(
+    loop: asyncio.AbstractEventLoop,
+    codec: Codec,
+    kind: int,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    make: type[Call] = Call,
+) -> Call:
+    """A call with its arguments encoded.
+
+    Raises:
+        Exception: whatever the codec raises for them.
+    """
+    if kwargs:
+        payload, fds = codec.encode((args, kwargs))
+        kind |= KEYWORDS
+    else:
+        payload, fds = codec.encode(args)
+    return make(loop, kind, payload, fds)
+
+
+class Connection:
+    """The connection to one process that serves calls, on one loop.
+
+    Lives for as long as the process has something to say: the loop refers to
+    it, not to the `Rpc` that users hold.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        fork: Fork,
+        codec: Codec,
+    ) -> None:
+        self.loop = loop
+        self.fork = fork
+        self.codec = codec
+        self._decode = codec.decode
+        self.link: _afork.Link | None = None
+        #: Calls without an answer by id, in the order sent.
+        self.calls: dict[int, Call] = {}
+        #: Those of them that are not in the socket's queue yet.
+        self.backlog: deque[Call] = deque()
+        #: Why no call can be made any more.
+        self.error: BaseException | None = None
+        self.ready = False
+        self.finishing = False
+        self.on_event: Callable[[Event], object] | None = None
+        self.stderr: OutputPipe | None = None
+        self.stdout: OutputPipe | None = None
+        self.logs: LogRelay | None = None
+        #: Done once the process has ended and everybody was told.
+        self.ended: asyncio.Future[None] = loop.create_future()
+        #: It takes nothing any more; what explains that can still be read.
+        self._deaf = False
+        self._flushing = self._writing = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- starting
+
+    def start(self, run: Any) -> None:
+        """Connect as soon as the process has entered its server."""
+        self._spawn(self._connect(run))
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = self.loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _connect(self, run: Any) -> None:
+        try:
+            sock = await run
+        except Exception as exc:
+            self.before_end()
+            await self.end(exc)
+            return
+        if self.ended.done():  # killed meanwhile
+            sock.close()
+            return
+        self.link = _afork.Link(sock.detach())
+        self.loop.add_reader(self.link.fileno(), self._on_readable)
+        self._send_backlog()
+        self._flush()
+
+    # -- sending
+
+    def submit(self, call: Call) -> None:
+        """Send a call as soon as the process can take it."""
+        call.connection = self
+        self.calls[call.id] = call
+        link = self.link
+        if link is None or self.backlog or self._deaf or link.queued > _UNSENT_MAX:
+            self.backlog.append(call)
+            return
+        self._queue(link, call)
+        if len(self.calls) == 1:
+            self._flush()  # there is nothing to send it together with
+        elif not self._flushing:
+            self._flushing = True
+            self.loop.call_soon(self._flush)
+
+    def _queue(self, link: _afork.Link, call: Call) -> None:
+        try:
+            if call.options:
+                options = _afork.pack_strings(call.options)
+                link.send(OPTIONS, call.id, options)
+            fds = call.fds.fds if call.fds else ()
+            link.send(call.kind, call.id, call.payload or b"", fds)
+        except (OSError, ValueError) as exc:  # no descriptor or memory left
+            self.calls.pop(call.id, None)
+            if not call.done():
+                self.answer(call, None, exc)
+        else:
+            self.sent(call)
+
+    def sent(self, call: Call) -> None:
+        """It is in the queue of the socket."""
+        call.forget_request()
+
+    def _send_backlog(self) -> None:
+        link, backlog = self.link, self.backlog
+        while backlog and link is not None and link.queued <= _UNSENT_MAX:
+            call = backlog.popleft()
+            if call.id in self.calls:
+                self._queue(link, call)
+
+    def _flush_soon(self) -> None:
+        if not self._flushing:
+            self._flushing = True
+            self.loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        link = self.link
+        if link is None:
+            return
+        all_sent = True
+        while not self._deaf:
+            try:
+                all_sent = link.flush()
+            except OSError as exc:
+                if exc.errno not in (errno.EPIPE, errno.ECONNRESET):
+                    self._broken(exc)
+                    return
+                self._deaf = all_sent = True
+            if not all_sent or not self.backlog:
+                break
+            self._send_backlog()
+        if self._writing == all_sent:
+            self._writing = not all_sent
+            if self._writing:
+                self.loop.add_writer(link.fileno(), self._flush)
+            else:
+                self.loop.remove_writer(link.fileno())
+        if self.finishing and not self.calls:
+            link.shutdown()
+
+    def add_credit(self, id: int, n: int) -> None:
+        """Let a stream go on."""
+        if self.link is not None:
+            self.link.send(CREDIT, id, _CREDIT.pack(n))
+            self._flush_soon()
+
+    def cancelled(self, call: Call) -> None:
+        """Nobody wants the answer of a call any more."""
+        if call.id not in self.calls:
+            return
+        if call.payload is not None or self.link is None:  # it has not been sent
+            del self.calls[call.id]
+            call.forget_request()
+            self._after_answer(call)
+        else:
+            self.link.send(CANCEL, call.id, b"")
+            self._flush_soon()
+
+    # -- receiving
+
+    def _on_readable(self) -> None:
+        link = self.link
+        if link is None:
+            return
+        try:
+            frames = link.receive()
+        except OSError as exc:
+            self._broken(exc)
+            return
+        calls = self.calls
+        for kind, id, payload, fds in frames:
+            call = calls.get(id)
+            if kind == RESULT and call is not None:
+                del calls[id]
+                if call.done():  # cancelled
+                    close_all(fds)
+                    self._after_answer(call)
+                    continue
+                try:
+                    value = self._decode(payload, fds)
+                except BaseException as exc:
+                    exc.add_note("afork: the result could not be decoded")
+                    self.answer(call, None, exc)
+                else:
+                    self.answer(call, value, None)
+            elif not self._on_frame(kind, call, id, payload, fds):
+                close_all(fds)
+                self._broken(ProtocolError(f"an unexpected RPC frame of kind {kind}"))
+                return
+        if self.link is not link:
+            return
+        if link.pending:
+            self.loop.call_soon(self._on_readable)
+        elif link.eof:
+            self._on_eof()
+
+    def _on_frame(
+        self, kind: int, call: Call | None, id: int, payload: bytes, fds: Any
+    ) -> bool:
+        """Handle a frame that is not a result; whether it made sense."""
+        if kind == EVENT:
+            self._on_event(call, id, self._decode(payload, fds))
+        elif kind == READY:
+            self.ready = True
+            self.on_ready()
+        elif kind == RETIRE:
+            self.on_retire()
+        elif kind == ERROR and id == 0:
+            self.error = decode_exception(payload, fds, self.codec)
+        elif call is None:
+            return self.link is None
+        elif kind == ITEM and call.stream is not None:
+            if call.done():
+                close_all(fds)
+            else:
+                call.stream.feed(payload, fds)
+        elif kind == STOP:
+            del self.calls[id]
+            self.answer(call, None, None)
+        elif kind == ERROR:
+            del self.calls[id]
+            self.answer(call, None, decode_exception(payload, fds, self.codec))
+        elif kind == OUTPUT:
+            stdout, stderr = find_codec("bytes").decode(payload, fds)
+            call.output = stdout, stderr
+        else:
+            return False
+        return True
+
+    def _on_event(self, call: Call | None, id: int, args: Any) -> None:
+        callback = call.on_event if call is not None else None
+        callback = callback or self.on_event
+        if callback is not None:
+            call_user(self.loop, callback, Event(id, tuple(args)))
+
+    def answer(self, call: Call, value: Any, error: BaseException | None) -> None:
+        """Complete a call, which is not among those without an answer any more."""
+        call.connection = None
+        if call.payload is not None:
+            call.forget_request()
+        if not call.done():
+            if error is not None:
+                if call.output is not None:
+                    _attach_output(error, call.output)
+                call.set_exception(error)
+            elif call.output is not None:
+                call.set_result(Captured(value, *call.output))
+            else:
+                call.set_result(value)
+            if call.stream is not None:
+                call.stream.wake()
+        self._after_answer(call)
+
+    def _after_answer(self, call: Call) -> None:
+        self.answered(call)
+        if self.finishing and not self.calls:
+            self._flush_soon()
+
+    # -- what a pool adds
+
+    def answered(self, call: Call) -> None:
+        """A call has had its answer, or needs none any more."""
+
+    def on_ready(self) -> None:
+        """The process is initialised."""
+
+    def on_retire(self) -> None:
+        """The process wants no further calls."""
+
+    # -- the end
+
+    def finish(self) -> None:
+        """End the process as soon as all calls have their answers."""
+        self.finishing = True
+        if self.link is not None and not self.calls:
+            self._flush()
+
+    def kill(self) -> None:
+        """End the process now; calls without an answer are lost."""
+        try:
+            self.fork.kill()
+        except ProcessLookupError:
+            pass
+
+    def close_link(self) -> None:
+        link, self.link = self.link, None
+        if link is not None:
+            self.loop.remove_reader(link.fileno())
+            if self._writing:
+                self.loop.remove_writer(link.fileno())
+            link.close()
+
+    def _broken(self, error: BaseException) -> None:
+        """The process sends nonsense, or we cannot go on with it."""
+        if self.error is None:
+            if isinstance(error, OSError) and error.errno == errno.EPROTO:
+                error = ProtocolError(f"process {self.fork.pid} has sent garbage")
+            self.error = error
+        self.kill()
+        self._over()
+
+    def _on_eof(self) -> None:
+        if self.calls or not self.finishing:
+            self.kill()  # it answers no more, whatever it still does
+        self._over()
+
+    def _over(self) -> None:
+        """Nothing more will come."""
+        self.close_link()
+        self.before_end()
+        self._spawn(self.end(self.error))
+
+    async def end(self, error: BaseException | None) -> None:
+        """Wait for the process to end, then tell whoever has to know."""
+        try:
+            await self.fork.wait()
+        except (WorkerLost, OSError, ProtocolError):
+            pass  # its status is not known
+        except asyncio.CancelledError:
+            raise
+        except Exception as exc:
+            error = error or exc
+        if error is None and (self.calls or not self.finishing):
+            error = self.lost_error()
+        for relay in (self.stdout, self.stderr, self.logs):
+            if relay is not None:
+                relay.close()
+        if error is None:
+            error = ClosedError("the process has ended")
+        self.error = error
+        calls, self.calls = self.calls, {}
+        for call in calls.values():
+            self.answer(call, None, copy_error(error))
+        if not self.ended.done():
+            self.ended.set_result(None)
+        self.on_end(error, bool(calls))
+
+    def before_end(self) -> None:
+        """The connection is closed; calls without an answer will get none."""
+
+    def on_end(self, error: BaseException, told: bool) -> None:
+        """The process has ended; whether calls were told the error."""
+
+    def lost_error(self) -> WorkerLost:
+        """What to say of a process that has died."""
+        process = self.fork._process
+        text = self.stderr.tail() if self.stderr is not None else ""
+        return WorkerLost(
+            "the process has died", process.pid, process.status, stderr=text
+        )
+
+    async def wait_ended(self) -> None:
+        await asyncio.shield(self.ended)
+
+
+def call_user(
+    loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: object
+) -> None:
+    """Call a function of the user's; what it raises is its loop's affair."""
+    try:
+        callback(*args)
+    except Exception as exc:
+        loop.call_exception_handler(
+            {"message": f"exception in {callback!r}", "exception": exc}
+        )
+
+
+def copy_error(error: BaseException) -> BaseException:
+    """An exception of its own for each call: raising one changes it."""
+    import copy
+
+    try:
+        new = copy.copy(error)
+    except Exception:
+        return error
+    new.__cause__ = error.__cause__
+    return new
+
+
+def _attach_output(error: BaseException, output: tuple[bytes, bytes]) -> None:
+    """Let a failed call keep what it has written."""
+    try:
+        error.stdout, error.stderr = output  # type: ignore[attr-defined]
+    except AttributeError:
+        pass  # one with __slots__
+    for name, data in zip(("stdout", "stderr"), output, strict=True):
+        if data:
+            text = data[-4096:].decode("utf-8", "replace").rstrip("\n")
+            error.add_note(f"{name} of the call:\n{text}")
+
+
+__all__ = ["CALL", "STREAM", "Call", "Captured", "Connection", "Event", "encode_call"]

@@ -1,0 +1,185 @@
+"""What both back ends share: configuration, answers and events.
+
+Part of every worker, so it loads little: neither asyncio nor threading.
+"""
+
+from __future__ import annotations
+
+import afork.rpc
+from afork import _afork, _child
+
+from ._codecs import Codec, close_all, find_codec
+from ._exceptions import encode_exception, note_search_path
+from ._kinds import ERROR, EVENT, KEYWORDS, OUTPUT, READY, RETIRE
+
+TYPE_CHECKING = False  # see afork/__init__.py
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+    from typing import Any, TypeAlias
+
+    #: kind, id, payload, descriptors
+    Frame: TypeAlias = tuple[int, int, bytes, tuple[int, ...]]
+
+
+def apply(func: Callable[..., object], /, *args: object, **kwargs: object) -> object:
+    """The function of a process that calls whatever it is sent."""
+    return func(*args, **kwargs)
+
+
+class Config:
+    """How a process was asked to serve; the last argument of its function."""
+
+    def __init__(self, packed: bytes) -> None:
+        strings = _afork.unpack_strings(packed)
+        names = [x.decode() for x in strings[::2]]
+        self.values = dict(zip(names, strings[1::2], strict=True))
+
+    def text(self, name: str) -> str:
+        return self.values.get(name, b"").decode("utf-8", "surrogatepass")
+
+    def number(self, name: str) -> int:
+        return int(self.values.get(name, b"0"))
+
+
+class Server:
+    """A process that serves calls."""
+
+    def __init__(self, sock: socket.socket, *args: Any) -> None:
+        self.link = _afork.Link(sock.detach())
+        self.config = Config(args[-1])
+        #: Arguments and handles sent before: init's.
+        self.args = args[:-1]
+        self.codec: Codec = find_codec("pickle")
+        self.func: Callable[..., object] = apply
+        #: Options of calls that have not arrived yet, by id.
+        self.options: dict[int, dict[str, bytes]] = {}
+
+    def _redirect(self, config: Config) -> None:
+        """Put the handles at the end of the arguments where they belong."""
+        streams = [n for n in ("stdout", "stderr", "logs") if config.number(n)]
+        handles = self.args[len(self.args) - len(streams) :]
+        self.args = self.args[: len(self.args) - len(streams)]
+        for name, handle in zip(streams, handles, strict=True):
+            if name == "logs":
+                from ._logs import install
+
+                install(handle.detach(), config.number("level"))
+            else:
+                from ._redirect import redirect
+
+                with handle:
+                    redirect(handle.fileno(), 1 if name == "stdout" else 2)
+
+    def find(self) -> None:
+        """Do what the configuration says, and find what it names.
+
+        Raises:
+            Exception: what importing it has raised.
+        """
+        self._redirect(self.config)
+        self.codec = find_codec(self.config.text("codec"))
+        self.func = self.resolve(self.config.text("func"))
+
+    def init(self) -> Any:
+        """Call what is to be called first; its result may have to be awaited."""
+        args, self.args = self.args, ()
+        name = self.config.text("init")
+        if not name:
+            return None
+        if "initargs" in self.config.values:
+            args += self.codec.decode(self.config.values["initargs"], ())
+        return self.resolve(name)(*args)
+
+    def resolve(self, name: str) -> Callable[..., Any]:
+        if not name:
+            return apply
+        if name.startswith(("__main__:", "__mp_main__:")):
+            self.load_main()
+        try:
+            found: Callable[..., Any] = _child._resolve(name)
+        except (ImportError, AttributeError) as exc:
+            note_search_path(exc)
+            raise
+        return found
+
+    def load_main(self) -> bool:
+        """Load the application's main program, once; whether it was done now."""
+        values = self.config.values
+        return _child.load_main(values.get("main-kind", b""), values.get("main", b""))
+
+    # -- calls
+
+    def decode(
+        self, kind: int, payload: bytes, fds: tuple[int, ...]
+    ) -> tuple[Any, Any]:
+        """Arguments and keyword arguments of a call."""
+        try:
+            value: Any = self.codec.decode(payload, fds)
+        except (AttributeError, ImportError) as exc:
+            # Perhaps a function of the main program, the first one.
+            if not self.codec.pickles or fds or not self._loads_main(exc):
+                note_search_path(exc)
+                raise
+            value = self.codec.decode(payload, fds)
+        return value if kind & KEYWORDS else (value, {})
+
+    def _loads_main(self, exc: BaseException) -> bool:
+        return "__m" in str(exc) and self.load_main()
+
+    def take_options(self, id: int, payload: bytes) -> None:
+        strings = _afork.unpack_strings(payload)
+        names = [x.decode() for x in strings[::2]]
+        self.options[id] = dict(zip(names, strings[1::2], strict=True))
+
+    # -- answers
+
+    def send(self, kind: int, id: int, value: object) -> None:
+        """Queue a value; the codec's exception if it cannot be encoded."""
+        payload, fds = self.codec.encode(value)
+        try:
+            self.link.send(kind, id, payload, fds)
+        finally:
+            close_all(fds)
+
+    def send_error(self, id: int, exc: BaseException, stage: str = "run") -> None:
+        payload, fds = encode_exception(exc, self.codec, stage)
+        try:
+            self.link.send(ERROR, id, payload, fds)
+        finally:
+            close_all(fds)
+
+    def send_output(self, id: int, stdout: bytes, stderr: bytes) -> None:
+        payload, fds = find_codec("bytes").encode((stdout, stderr))
+        try:
+            self.link.send(OUTPUT, id, payload, fds)
+        finally:
+            close_all(fds)
+
+    def send_ready(self) -> None:
+        self.link.send(READY, 0, b"")
+
+    # -- what afork.rpc offers
+
+    def call_id(self) -> int:
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        self.link.flush(True)
+
+    def event(self, args: tuple[object, ...]) -> None:
+        self.send(EVENT, self.call_id(), args)
+        self.sent()
+
+    def retire(self) -> None:
+        self.link.send(RETIRE, 0, b"")
+        self.sent()
+
+    def sent(self) -> None:
+        """Something was queued outside of a call's answer."""
+        raise NotImplementedError
+
+
+def publish(server: Server) -> None:
+    """Make the functions of `afork.rpc` work here."""
+    afork.rpc._server = server

@@ -1,0 +1,102 @@
+"""Results that come one by one."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, Self
+
+from ._codecs import close_all
+from ._kinds import WINDOW
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from ._client import Call
+
+
+class Stream(AsyncIterator[Any]):
+    """The items of a generator that runs in a process, as they are made.
+
+    At most 16 items are on their way: the generator waits for a slow reader.
+    Leaving the loop early without `aclose` ends the generator once the object
+    is gone; ``async with`` ends it at the end of the block.
+    """
+
+    def __init__(self, call: Call, decode: Callable[[bytes, Any], Any]) -> None:
+        self._call = call
+        self._decode = decode
+        self._items: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        self._taken = 0
+        self._waiter: asyncio.Future[None] | None = None
+        call.stream = self
+
+    @property
+    def call_id(self) -> int:
+        """Id of the call, as its events have it."""
+        return self._call.id
+
+    def feed(self, payload: bytes, fds: tuple[int, ...]) -> None:
+        """An item has arrived."""
+        self._items.append((payload, fds))
+        self.wake()
+
+    def wake(self) -> None:
+        """There may be something to be seen."""
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        call = self._call
+        while not self._items:
+            if call.done():
+                if not call.cancelled():
+                    call.result()  # raises what the generator has raised
+                raise StopAsyncIteration
+            if self._waiter is not None:
+                raise RuntimeError("the stream is being read by another task")
+            self._waiter = call.get_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        payload, fds = self._items.popleft()
+        self._taken += 1
+        if self._taken >= WINDOW // 2 and call.connection is not None:
+            call.connection.add_credit(call.id, self._taken)
+            self._taken = 0
+        return self._decode(payload, fds)
+
+    async def aclose(self) -> None:
+        """End the generator; items that have not been read are lost."""
+        self._end()
+
+    def _end(self) -> None:
+        if not self._call.done():
+            self._call.cancel()
+        elif not self._call.cancelled():
+            self._call.exception()  # nobody is going to ask for it
+        while self._items:
+            close_all(self._items.popleft()[1])
+        self.wake()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not finalizing() and not self._call.get_loop().is_closed():
+            self._end()

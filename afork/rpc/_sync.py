@@ -1,0 +1,173 @@
+"""The synchronous back end: one call at a time, in the order of arrival.
+
+An answer is sent before the next call begins. So when the process dies, the
+application knows which call it was, and that those behind it never began.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+
+from . import _serve
+from ._codecs import close_all
+from ._kinds import (
+    CALL,
+    CANCEL,
+    CREDIT,
+    ITEM,
+    KEYWORDS,
+    OPTIONS,
+    RESULT,
+    STOP,
+    STREAM,
+    WINDOW,
+)
+
+TYPE_CHECKING = False  # see afork/__init__.py
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator
+    from typing import Any
+
+    from ._serve import Frame
+
+_CREDIT = struct.Struct("=I")
+
+
+class SyncServer(_serve.Server):
+    """Serves calls with a plain function."""
+
+    def __init__(self, sock: socket.socket, *args: Any) -> None:
+        super().__init__(sock, *args)
+        self.todo: deque[Frame] = deque()
+        #: The call that is running.
+        self.current = 0
+        #: Items that the stream which is running may send.
+        self.credit = 0
+        self.cancelled = False
+
+    def main(self) -> None:
+        """Serve until the application has no more calls."""
+        try:
+            try:
+                self.find()
+                self.init()
+            except BaseException as exc:
+                self.send_error(0, exc, "init")
+                self.link.flush(True)
+                return
+            self.send_ready()
+            self.link.flush(True)
+            self.serve()
+            done = self.config.text("done")
+            if done:
+                self.resolve(done)()
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # nobody is there to be told anything
+
+    def serve(self) -> None:
+        link, todo, flush = self.link, self.todo, self.link.flush
+        while True:
+            # Between calls, too: what has been cancelled must not begin.
+            self.take(not todo)
+            if not todo:
+                if link.eof:
+                    return
+                continue
+            kind, id, payload, fds = todo.popleft()
+            self.current = id
+            if kind == CALL or kind == CALL | KEYWORDS:
+                self.call(kind, id, payload, fds)
+            elif kind == STREAM or kind == STREAM | KEYWORDS:
+                self.stream(kind, id, payload, fds)
+            elif kind == OPTIONS:
+                self.take_options(id, payload)
+            # What is left are credits of streams that have ended.
+            self.current = 0
+            flush(True)
+
+    def take(self, wait: bool) -> None:
+        """Take in the frames that have arrived."""
+        todo = self.todo
+        for frame in self.link.receive(wait):
+            kind, id, payload, _ = frame
+            if kind == CANCEL:
+                self.cancel(id)
+            elif kind == CREDIT and id == self.current:
+                self.credit += _CREDIT.unpack(payload)[0]
+            else:
+                todo.append(frame)
+
+    def cancel(self, id: int) -> None:
+        """Forget a call that has not begun, or end the stream that runs."""
+        if id == self.current:
+            self.cancelled = True
+            return
+        self.options.pop(id, None)
+        for frame in [x for x in self.todo if x[1] == id]:
+            self.todo.remove(frame)
+            close_all(frame[3])
+            if frame[0] != OPTIONS:
+                self.link.send(STOP, id, b"")
+
+    # -- calls
+
+    def invoke(self, kind: int, id: int, payload: bytes, fds: tuple[int, ...]) -> Any:
+        args, kwargs = self.decode(kind, payload, fds)
+        if self.options:
+            options = self.options.pop(id, None)
+            if options:
+                from ._options import call_with
+
+                return call_with(self, id, options, self.func, args, kwargs)
+        return self.func(*args, **kwargs)
+
+    def call(self, kind: int, id: int, payload: bytes, fds: tuple[int, ...]) -> None:
+        result: Any = None
+        try:
+            result = self.invoke(kind, id, payload, fds)
+            self.send(RESULT, id, result)
+        except BaseException as exc:
+            error = exc
+            if hasattr(result, "__await__"):
+                error = TypeError("the function is async: it needs asynchronous=True")
+                getattr(result, "close", int)()  # or it warns of not being awaited
+            self.send_error(id, error)
+
+    def stream(self, kind: int, id: int, payload: bytes, fds: tuple[int, ...]) -> None:
+        self.cancelled = False
+        self.credit = WINDOW
+        items: Iterator[object] | None = None
+        try:
+            items = iter(self.invoke(kind, id, payload, fds))
+            for item in items:
+                self.send(ITEM, id, item)
+                self.credit -= 1
+                self.link.flush(True)
+                self.take(False)
+                while self.credit <= 0 and not self.cancelled and not self.link.eof:
+                    self.take(True)
+                if self.cancelled or self.credit <= 0:
+                    break
+            close = getattr(items, "close", None)
+            if close is not None:
+                close()
+            self.link.send(STOP, id, b"")
+        except BaseException as exc:
+            self.send_error(id, exc)
+
+    # -- what afork.rpc offers
+
+    def call_id(self) -> int:
+        return self.current
+
+    def sent(self) -> None:
+        self.link.flush(True)
+
+
+def enter(sock: socket.socket, *args: Any) -> None:
+    """What the process runs."""
+    server = SyncServer(sock, *args)
+    _serve.publish(server)
+    server.main()
