@@ -167,7 +167,7 @@ def test_long_lines_come_in_pieces(arun, over, finished):
         assert await f.wait() == 0
         sock.close()
         # At the end of file what is unfinished comes as well.
-        await lines.until(lambda _: pipe._read_fd < 0)
+        await turns_until(lambda: pipe._read_fd < 0)
         expected = [text[i : i + LINE_MAX] for i in range(0, len(text), LINE_MAX)]
         assert lines == [*expected, *(["last"] if finished else [])]
         pipe.close()

@@ -29,7 +29,8 @@ _GRACE = 1.0
 #: Seconds without an attempt after a process could not be started.
 _PAUSE = 1.0
 
-Sink = Callable[[str], object]
+#: Where output goes: a function called with each line, or a descriptor.
+Sink: TypeAlias = "Callable[[str], object] | int"
 
 
 def usable_cpus() -> int:

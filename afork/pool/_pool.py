@@ -222,7 +222,8 @@ class Pool(Calls):
         max_calls: Calls after which a process is replaced.
         max_age: Seconds after which it is, once it has answered.
         max_rss: Bytes of resident memory above which it is.
-        stdout: None for the template's, or a function called with each line.
+        stdout: None for the template's, a function called with each line, or
+            a descriptor.
         stderr: The same, or "tail": the application's own, the last of it
             kept for `WorkerLost`.
         logging: Whether records of the processes' logging are handled by the

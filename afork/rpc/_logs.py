@@ -250,6 +250,7 @@ class LogRelay:
             if name in _STANDARD:
                 raise ValueError(f"{name!r} is an attribute of every record")
         self._loop = loop
+        self._closing = False
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sock = ours
         # Twice as much is set, if the system's limit allows.
@@ -260,7 +261,7 @@ class LogRelay:
             ours.setblocking(False)
             loop.add_reader(ours.fileno(), self._readable)
         except BaseException:
-            self.close()
+            self._shut()
             raise
 
     def close_write(self) -> None:
@@ -282,7 +283,19 @@ class LogRelay:
         self._read(sys.maxsize, int.from_bytes(count, sys.byteorder))
 
     def close(self) -> None:
-        """Close both ends; what has not been read is lost. Again does no harm."""
+        """Handle the records that are there now, then close both ends.
+
+        Again does no harm.
+        """
+        if self._closing:
+            return  # a handler calls it while it runs
+        self._closing = True
+        try:
+            self.drain()
+        finally:
+            self._shut()
+
+    def _shut(self) -> None:
         self.close_write()
         if self._sock.fileno() >= 0:
             if not self._loop.is_closed():
@@ -291,7 +304,7 @@ class LogRelay:
 
     def __del__(self) -> None:
         if hasattr(self, "write_fd"):
-            self.close()
+            self._shut()
 
     def _readable(self) -> None:
         self._read(_RECORDS, _BYTES)
@@ -309,7 +322,7 @@ class LogRelay:
             except OSError:  # reset
                 length = 0
             if not length:
-                self.close()
+                self._shut()
                 return
             records -= 1
             size -= length
@@ -350,7 +363,7 @@ class LogRelay:
             )
 
     def _refuse(self, what: str) -> None:
-        self.close()
+        self._shut()
         logging.getLogger("afork").warning(
             "a worker sent %s; its log records are not read any more", what
         )

@@ -25,6 +25,8 @@ TAIL_MAX = 4096
 
 #: Called with each line; or a descriptor that gets the bytes; or neither.
 Sink: TypeAlias = "Callable[[str], object] | int | None"
+#: What a descriptor is known by: the loop, the number, and the file behind it.
+_Key: TypeAlias = "tuple[object, ...]"
 
 
 class OutputPipe:
@@ -135,11 +137,8 @@ class OutputPipe:
     # -- reading
 
     def _readable(self) -> None:
-        try:
-            data = os.read(self._read_fd, CHUNK)
-        except BlockingIOError:
-            return
-        if data:
+        # Only this object reads, so there is something to be read.
+        if data := os.read(self._read_fd, CHUNK):
             self._take(data)
         else:
             self._end()
@@ -263,9 +262,7 @@ class _File:
     pool needs two more descriptors and not two for each worker.
     """
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, fd: int, key: tuple[object, ...]
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, fd: int, key: _Key) -> None:
         self.loop = loop
         self.key = key
         #: Open pipes that lead here.
@@ -397,6 +394,4 @@ class _File:
             os.close(self._fd)
 
 
-_files: weakref.WeakValueDictionary[tuple[object, ...], _File] = (
-    weakref.WeakValueDictionary()
-)
+_files: weakref.WeakValueDictionary[_Key, _File] = weakref.WeakValueDictionary()
