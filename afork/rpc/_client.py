@@ -197,7 +197,16 @@ class Connection:
     def _spawn(self, coroutine: Any) -> None:
         task = self.loop.create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._task_over)
+
+    def _task_over(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() and not self.ended.done():
+            # The loop is being torn down, but somebody may wait for us in it.
+            self.kill()
+            self.close_link()
+            self.before_end()
+            self._tell(self.error)
 
     async def _connect(self, run: Any) -> None:
         try:
@@ -465,10 +474,12 @@ class Connection:
             await self.fork.wait()
         except (WorkerLost, OSError, ProtocolError):
             pass  # its status is not known
-        except asyncio.CancelledError:
-            raise
         except Exception as exc:
             error = error or exc
+        self._tell(error)
+
+    def _tell(self, error: BaseException | None) -> None:
+        """It has ended; why, if that is known."""
         if error is None and (self.calls or not self.finishing):
             error = self.lost_error()
         for relay in (self.stdout, self.stderr, self.logs):
