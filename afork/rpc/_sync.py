@@ -108,7 +108,7 @@ class SyncServer(_serve.Server):
         for frame in [x for x in self.todo if x[1] == id]:
             self.todo.remove(frame)
             close_all(frame[3])
-            if frame[0] != OPTIONS:
+            if frame[0] & ~KEYWORDS in (CALL, STREAM):
                 self.link.send(STOP, id, b"")
 
     # -- calls
