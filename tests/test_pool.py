@@ -478,6 +478,7 @@ def test_left_to_the_end_of_the_loop(arun, jobs, gate):
     pid = kept[1]
     kept.clear()
     gc.collect()
+    gate.open()  # what runs is finished
     asyncio.run(gone([pid]))
 
 

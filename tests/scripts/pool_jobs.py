@@ -334,3 +334,42 @@ async def nested(n):
 
 def run_nested(n):
     return asyncio.run(nested(n))
+
+
+def note_and_crash(path, how, *_):
+    note(path, how)
+    crash(how)
+
+
+async def note_and_crash_async(path, how, *_):
+    note(path, how)
+    crash(how)
+
+
+def crash_at_first(path):
+    """Works the second time."""
+    note(path, "x")
+    with open(path) as file:
+        n = len(file.read().split())
+    if n == 1:
+        crash("SIGKILL")
+    return n
+
+
+def init_once(path):
+    """Works the first time."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+
+
+def stay(how):
+    """Refuse to end when asked to."""
+    if how == "term":
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+    if how == "thread":
+        threading.Thread(target=threading.Event().wait).start()
+    if how == "exit":
+        import atexit
+
+        atexit.register(threading.Event().wait)
+    return os.getpid()
