@@ -74,6 +74,7 @@ class SyncServer(_serve.Server):
             if not todo:
                 if link.eof:
                     return
+                flush(True)  # that calls were forgotten
                 continue
             kind, id, payload, fds = todo.popleft()
             self.current = id
