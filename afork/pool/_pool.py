@@ -84,8 +84,9 @@ class Calls:
         """
         from dataclasses import replace
 
-        if "retry_on" in options and isinstance(options["retry_on"], type):
-            options["retry_on"] = (options["retry_on"],)
+        if "retry_on" in options:
+            kinds = options["retry_on"]
+            options["retry_on"] = (kinds,) if isinstance(kinds, type) else tuple(kinds)
         new = replace(self._options, **options)
         if new.timeout is not None and new.timeout <= 0:
             raise ValueError(f"timeout must be positive: {new.timeout}")
@@ -349,7 +350,7 @@ class Pool(Calls):
         call.priority = options.priority
         call.retries = options.retries
         call.retry_on = options.retry_on
-        call.timer = None
+        call.overdue = call.timer = None
         call.on_event = options.on_event
         if options.timeout is not None or options.capture or self._variables:
             call.options = self._call_options(options)
