@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PACKAGE ?= .
 PYTEST_ARGS ?=
+BENCH ?= start calls
 BENCH_ARGS ?=
 FUZZ_SECONDS ?= 60
 CC_FUZZ ?= clang
@@ -52,9 +53,9 @@ demo: venv ## install, then show what it does
 	$(call install,)
 	$(BIN)/python -P -m afork demo
 
-bench: venv ## install, then measure (BENCH_ARGS=…)
+bench: venv ## install, then measure (BENCH=calls BENCH_ARGS=…)
 	$(call install,[bench])
-	$(BIN)/python bench/start.py $(BENCH_ARGS)
+	set -e; for one in $(BENCH); do $(BIN)/python bench/$$one.py $(BENCH_ARGS); done
 
 lint: venv ## ruff, clang-format, mypy --strict, stubtest
 	$(call install,[lint])

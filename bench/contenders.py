@@ -37,7 +37,7 @@ class Contender:
     app_mb: int = 0  # 0: as large as it is by itself
 
 
-def _limits(
+def limits_command(
     mode: str, inflight: int = 1, mb: int = 0, program: list[str] | None = None
 ) -> Callable[[Job], list[str]]:
     def command(job: Job) -> list[str]:
@@ -93,7 +93,7 @@ def _perl(method: str, inflight: int) -> Callable[[Job], list[str]]:
     return command
 
 
-def _app(
+def app_command(
     function: str, inflight: int = 1, mb: int = SMALL, script: bool = False
 ) -> Callable[[Job], list[str]]:
     def command(job: Job) -> list[str]:
@@ -123,7 +123,7 @@ def _workers() -> list[Contender]:
         (
             "c-fork",
             "C: socketpair + fork, static, 5 MB",
-            lambda k: _limits("fork", k, 5),
+            lambda k: limits_command("fork", k, 5),
             0,
         ),
         ("os-fork", "os.fork, python -I -S", _lean, 0),
@@ -137,26 +137,31 @@ def _workers() -> list[Contender]:
         (
             "forkserver",
             "multiprocessing forkserver, preloaded",
-            lambda k: _app("peers.forkserver", k),
+            lambda k: app_command("peers.forkserver", k),
             SMALL,
         ),
-        ("afork-new", "afork Fork.new", lambda k: _app("peers.afork_new", k), SMALL),
+        (
+            "afork-new",
+            "afork Fork.new",
+            lambda k: app_command("peers.afork_new", k),
+            SMALL,
+        ),
         (
             "afork-import",
             "afork Fork.new, worker imports a module",
-            lambda k: _app("peers.afork_import", k),
+            lambda k: app_command("peers.afork_import", k),
             SMALL,
         ),
         (
             "afork-preloaded",
             "afork fork of a preloaded template",
-            lambda k: _app("peers.afork_preloaded", k),
+            lambda k: app_command("peers.afork_preloaded", k),
             SMALL,
         ),
         (
             "afork-exec",
             "afork Fork.new_exec",
-            lambda k: _app("peers.afork_exec", k),
+            lambda k: app_command("peers.afork_exec", k),
             SMALL,
         ),
     ]
@@ -169,21 +174,26 @@ def _workers() -> list[Contender]:
         (
             "forkserver-script/1",
             "multiprocessing forkserver, main file",
-            _app("peers.forkserver", script=True),
+            app_command("peers.forkserver", script=True),
             SMALL,
         ),
-        ("spawn/1", "multiprocessing spawn", _app("peers.spawn"), SMALL),
-        ("afork-new@1g/1", "afork Fork.new", _app("peers.afork_new", mb=LARGE), LARGE),
+        ("spawn/1", "multiprocessing spawn", app_command("peers.spawn"), SMALL),
+        (
+            "afork-new@1g/1",
+            "afork Fork.new",
+            app_command("peers.afork_new", mb=LARGE),
+            LARGE,
+        ),
         (
             "python-pass/1",
             "C: posix_spawn python -I -S -c pass",
-            _limits("spawn", program=_python("pass")),
+            limits_command("spawn", program=_python("pass")),
             0,
         ),
         (
             "python-exit/1",
             "C: posix_spawn python -I -S, os._exit",
-            _limits("spawn", program=_python("import os; os._exit(0)")),
+            limits_command("spawn", program=_python("import os; os._exit(0)")),
             0,
         ),
     ]
@@ -199,7 +209,7 @@ def _programs() -> list[Contender]:
             f"c-spawn@{name}",
             "C: posix_spawn",
             PROGRAMS,
-            _limits("spawn", mb=mb, program=["/bin/true"]),
+            limits_command("spawn", mb=mb, program=["/bin/true"]),
             1,
             mb,
         )
@@ -223,7 +233,12 @@ def _programs() -> list[Contender]:
         for name, mb in (("20m", SMALL), ("1g", LARGE)):
             listed.append(
                 Contender(
-                    f"{key}@{name}", label, PROGRAMS, _app(function, mb=mb), 1, mb
+                    f"{key}@{name}",
+                    label,
+                    PROGRAMS,
+                    app_command(function, mb=mb),
+                    1,
+                    mb,
                 )
             )
     return listed
@@ -233,5 +248,7 @@ def contenders() -> list[Contender]:
     return [
         *_workers(),
         *_programs(),
-        Contender("afork-faults", "afork", FAULTS, _app("faults.faults"), 1, SMALL),
+        Contender(
+            "afork-faults", "afork", FAULTS, app_command("faults.faults"), 1, SMALL
+        ),
     ]

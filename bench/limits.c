@@ -1,13 +1,15 @@
-/* Limit programs for bench/start.py: what the kernel allows, with nothing of
+/* Limit programs for bench/start.py and bench/calls.py: what the kernel allows, with nothing of
  * ours around it.
  *
- *   limits fork  [options]                    socketpair, fork, child _exit,
- * wait for EOF limits spawn [options] -- PROGRAM ARG...  posix_spawn, stdio on
- * /dev/null, wait for the status
+ *   limits fork     socketpair, fork, child _exit, wait for EOF
+ *   limits spawn -- PROGRAM ARG...
+ *                   posix_spawn, stdio on /dev/null, wait for the status
+ *   limits pingpong
+ *                   64 bytes to another process and back, over a socketpair
  *
- * Options: --mb N (touched private memory, in 4 KiB pages), --inflight K,
- * --seconds S, --count N (instead of S). Prints one line of JSON in the form
- * of every other contender.
+ * Options, behind the first word: --mb N (touched private memory, in 4 KiB
+ * pages), --inflight K, --seconds S, --count N (instead of S). Prints one line
+ * of JSON in the form of every other contender.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -25,7 +27,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { LIMITS_MAX_INFLIGHT = 1024, LIMITS_PAGE = 4096 };
+enum { LIMITS_MAX_INFLIGHT = 1024, LIMITS_PAGE = 4096, LIMITS_MESSAGE = 64 };
 
 extern char **environ;
 
@@ -230,6 +232,68 @@ spawn_loop(const struct options *options, struct meter *meter)
     posix_spawn_file_actions_destroy(&actions);
 }
 
+/* Whether a whole message has come; not at the end of the file. */
+static int
+receive(int fd, char *message)
+{
+    size_t had = 0;
+
+    while (had < LIMITS_MESSAGE) {
+        ssize_t got = read(fd, message + had, LIMITS_MESSAGE - had);
+
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            die("read");
+        if (got == 0)
+            return 0;
+        had += (size_t)got;
+    }
+    return 1;
+}
+
+static void
+transmit(int fd, const char *message)
+{
+    ssize_t sent;
+
+    do
+        sent = write(fd, message, LIMITS_MESSAGE);
+    while (sent < 0 && errno == EINTR);
+    if (sent != LIMITS_MESSAGE) /* an empty socket takes that much whole */
+        die("write");
+}
+
+static void
+pingpong_loop(const struct options *options, struct meter *meter)
+{
+    char message[LIMITS_MESSAGE] = {0};
+    int pair[2];
+    pid_t pid;
+
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0)
+        die("socketpair");
+    pid = fork();
+    if (pid < 0)
+        die("fork");
+    if (pid == 0) {
+        close(pair[0]);
+        while (receive(pair[1], message))
+            transmit(pair[1], message);
+        _exit(0);
+    }
+    close(pair[1]);
+    meter_begin(meter, options);
+    while (meter_more(meter)) {
+        transmit(pair[0], message);
+        if (!receive(pair[0], message))
+            die("the other process");
+    }
+    close(pair[0]);
+    if (waitpid(pid, NULL, 0) < 0)
+        die("waitpid");
+}
+
 static void
 parse(struct options *options, int argc, char **argv)
 {
@@ -274,9 +338,11 @@ main(int argc, char **argv)
     } else if (argc > 1 && strcmp(argv[1], "spawn") == 0 && options.program &&
                options.program[0]) {
         spawn_loop(&options, &meter);
+    } else if (argc > 1 && strcmp(argv[1], "pingpong") == 0) {
+        pingpong_loop(&options, &meter);
     } else {
-        fprintf(stderr,
-                "usage: limits fork|spawn [options] [-- PROGRAM ARG...]\n");
+        fprintf(stderr, "usage: limits fork|spawn|pingpong [options] "
+                        "[-- PROGRAM ARG...]\n");
         return 2;
     }
     meter_print(&meter);

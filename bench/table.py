@@ -93,11 +93,11 @@ def summary(chosen: list[Contender], results: Results) -> dict[str, Row]:
     return {one.key: _row(one, results[one.key], results) for one in chosen}
 
 
-def _number(value: float | None, form: str = ".0f") -> str:
+def number(value: float | None, form: str = ".0f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def _columns(header: list[str], rows: list[list[str]]) -> list[str]:
+def columns(header: list[str], rows: list[list[str]]) -> list[str]:
     """The first column to the left, the others to the right; a row of two is a name and
     a remark.
     """
@@ -160,15 +160,15 @@ def _starts(rows: Iterable[Row], program: bool) -> list[str]:
             continue
         cells = [_name(row, program), *([] if program else [str(row["inflight"])])]
         cells += [
-            _number(row["rate"]),
-            _number(row["low"]),
-            _number(row["high"]),
-            _number(row["ms"], ".2f"),
+            number(row["rate"]),
+            number(row["low"]),
+            number(row["high"]),
+            number(row["ms"], ".2f"),
         ]
         cells += [
-            _number(row["of_limit"], ".2f"),
-            _number(row["cpu_us"]),
-            _number(row["first_ms"], ".1f"),
+            number(row["of_limit"], ".2f"),
+            number(row["cpu_us"]),
+            number(row["first_ms"], ".1f"),
         ]
         if program:
             busy, alone = row.get("ticker"), row.get("ticker_alone")
@@ -192,7 +192,7 @@ def _starts(rows: Iterable[Row], program: bool) -> list[str]:
             lines.append(["  in " + missing, _remark(row)])
         elif "stderr" in row:
             lines.append(["  on stderr", row["stderr"]])
-    return _columns(header, lines)
+    return columns(header, lines)
 
 
 def _fault_lines(row: Row) -> list[str]:
@@ -202,16 +202,16 @@ def _fault_lines(row: Row) -> list[str]:
         [
             name,
             str(one["n"]),
-            _number(one["median_ms"], ".2f"),
-            _number(one["max_ms"], ".2f"),
+            number(one["median_ms"], ".2f"),
+            number(one["max_ms"], ".2f"),
             "; ".join(one["errors"]),
         ]
         for name, one in row["faults"].items()
     ]
-    return _columns(["", "n", "median ms", "max ms", "ended with"], lines)
+    return columns(["", "n", "median ms", "max ms", "ended with"], lines)
 
 
-def _target_lines(rows: list[Row]) -> list[str]:
+def target_lines(rows: list[Row]) -> list[str]:
     lines = []
     for row in rows:
         verdict = {True: "reached", False: "NOT REACHED", None: ""}[row["reached"]]
@@ -227,7 +227,7 @@ def _target_lines(rows: list[Row]) -> list[str]:
             spread = f"{row['ours_ms']:.2f} of {row['theirs_ms']:.2f} ms"
         name = "   " + row["name"] if row["name"].startswith("(") else row["name"]
         lines.append([name, row["want"], value, spread, verdict])
-    return _columns(
+    return columns(
         ["targets (median of the rounds' ratios)", "want", "is", "rounds", ""], lines
     )
 
@@ -255,5 +255,5 @@ def render(about: Row, rows: dict[str, Row], aims: list[Row]) -> str:
         for row in rows.values()
         if row["scenario"] == FAULTS
     ]
-    blocks.append(_target_lines(aims))
+    blocks.append(target_lines(aims))
     return "\n\n".join("\n".join(block) for block in blocks)

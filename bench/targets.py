@@ -32,22 +32,22 @@ def added_p99(sample: Sample) -> float | None:
     return float(sample["ticker"]["p99_ms"] - sample["ticker_alone"]["p99_ms"])
 
 
-def _by_round(
+def by_round(
     results: Results, key: str, value: Callable[[Sample], float | None]
 ) -> list[float | None]:
     return [value(sample) for sample in results.get(key, [])]
 
 
-def _values(
+def values_of(
     results: Results, key: str, value: Callable[[Sample], float | None]
 ) -> list[float]:
-    return [one for one in _by_round(results, key, value) if one is not None]
+    return [one for one in by_round(results, key, value) if one is not None]
 
 
 def ratios(results: Results, ours: str, theirs: str) -> list[float]:
     """Our rate over theirs, round by round: what slows a whole round cancels out."""
     pairs = zip(
-        _by_round(results, ours, rate), _by_round(results, theirs, rate), strict=False
+        by_round(results, ours, rate), by_round(results, theirs, rate), strict=False
     )
     return [mine / other for mine, other in pairs if mine and other]
 
@@ -82,13 +82,13 @@ def _target(
     return row
 
 
-def _at_least(name: str, bound: float | None, values: list[float]) -> Row:
+def at_least(name: str, bound: float | None, values: list[float]) -> Row:
     if bound is None:  # nothing is asked of it
         return {**_target(name, "", values, lambda value: True), "reached": None}
     return _target(name, f">= {bound:g}x", values, lambda value: value >= bound)
 
 
-def _at_most(name: str, bound: float, values: list[float], unit: str) -> Row:
+def at_most(name: str, bound: float, values: list[float], unit: str) -> Row:
     return _target(
         name, f"<= {bound:g}{unit}", values, lambda value: value <= bound, unit
     )
@@ -99,10 +99,10 @@ def _stall(results: Results, name: str, size: str) -> Row:
 
     One round's added stall may be next to nothing, or below it.
     """
-    ours = _values(results, f"afork-program@{size}", added_p99)
-    theirs = _values(results, f"asyncio@{size}", added_p99)
+    ours = values_of(results, f"afork-program@{size}", added_p99)
+    theirs = values_of(results, f"asyncio@{size}", added_p99)
     usable = bool(ours) and bool(theirs) and median(theirs) > 0
-    row = _at_most(
+    row = at_most(
         name, 15, [100 * median(ours) / median(theirs)] if usable else [], " %"
     )
     row.update(
@@ -118,7 +118,7 @@ def _exec_over_limit(results: Results, limit: str) -> list[float]:
     The fork is the cheapest there is, C's.
     """
     rounds = zip(
-        *(_by_round(results, key, rate) for key in ("afork-exec/1", limit, "c-fork/1")),
+        *(by_round(results, key, rate) for key in ("afork-exec/1", limit, "c-fork/1")),
         strict=False,
     )
     return [
@@ -173,23 +173,23 @@ def _faults_failed(results: Results) -> bool:
 def targets(results: Results) -> list[Row]:
     """Issue 3, "How fast", in one list: each row with its number, reached or not."""
     rows = [
-        _at_least(name, bound, ratios(results, ours, theirs))
+        at_least(name, bound, ratios(results, ours, theirs))
         for name, bound, ours, theirs in RATIOS
     ]
     for name, limit in (
         ("new_exec / (python -c pass + fork)", "python-pass/1"),
         ("(python that skips its finalisation)", "python-exit/1"),
     ):
-        rows.append(_at_most(name, 1.3, _exec_over_limit(results, limit), "x"))
+        rows.append(at_most(name, 1.3, _exec_over_limit(results, limit), "x"))
     for name, size in (("20 MB", "20m"), ("1 GB", "1g")):
         rows.append(_stall(results, f"added p99 stall / asyncio's, {name}", size))
     for name, key in (
         ("application's CPU per start, Fork.new", "afork-new/1"),
         ("(16 in flight)", "afork-new/16"),
     ):
-        rows.append(_at_most(name, 100, _values(results, key, cpu), " us"))
+        rows.append(at_most(name, 100, values_of(results, key, cpu), " us"))
     slowest = _slowest_fault(results)
-    row = _at_most("slowest error after a fault", 1000, slowest, " ms")
+    row = at_most("slowest error after a fault", 1000, slowest, " ms")
     if slowest and _faults_failed(results):  # see the table for which
         row["reached"] = False
     return [*rows, row]

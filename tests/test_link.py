@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import mmap
 import os
 import signal
 import socket
@@ -632,9 +634,6 @@ def test_blocking_mode_is_left_alone():
 
 
 def test_buffer_address():
-    import ctypes
-    import mmap
-
     data = bytearray(b"0123456789")
     address, size = buffer_address(data)
     assert size == 10

@@ -8,10 +8,9 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from afork import _afork
-from afork._errors import ClosedError, TemplateError
 from afork._fork import Fork
 from afork._interpreter import update_path
 from afork.rpc._client import Event, call_user, copy_error
@@ -26,10 +25,12 @@ logger = logging.getLogger("afork")
 #: Seconds in which a process that has nothing to do any more has to end.
 _GRACE = 1.0
 
-#: Seconds without an attempt after a process could not be started.
-_PAUSE = 1.0
+#: Seconds without an attempt after a process could not be started; doubled
+#: with each further failure, up to the second number.
+_PAUSE, _PAUSE_MAX = 1.0, 32.0
 
-Sink = Callable[[str], object]
+#: Where output goes: a function called with each line, or a descriptor.
+Sink: TypeAlias = "Callable[[str], object] | int"
 
 
 def usable_cpus() -> int:
@@ -110,8 +111,15 @@ class Core:
         self.open = 0
         self.closed = False
         self._over: asyncio.Future[None] | None = None
-        self._growing = False
-        self._last_start = self._last_failure = -1e9
+        self._growing = self._dispatching = False
+        self._grow_timer: asyncio.TimerHandle | None = None
+        self._last_start = -1e9
+        #: Until when no further process is tried, and how long the next time.
+        self._paused_until = -1e9
+        self._pause = _PAUSE
+        #: A process of our own template has been initialised: should it die, it
+        #: is not because it cannot work.
+        self._proven = False
         self._timers: set[asyncio.TimerHandle] = set()
         self._stop_timer: asyncio.TimerHandle | None = None
         self._destroyed = False
@@ -148,6 +156,7 @@ class Core:
         if template is not None and not (self._own_template and _is_dead(template)):
             return template
         template = self._template = Fork.new()
+        self._proven = False
         needs_main, self._main_told = self._main_told, False
         self._prepare(template)
         if needs_main:
@@ -191,16 +200,26 @@ class Core:
     def _give(self, worker: Worker, call: PoolCall) -> None:
         load = len(worker.calls)
         del self._rooms[load][worker]
-        self._rooms[load + 1][worker] = None
+        worker.given += 1
+        if worker.given != self.settings.max_calls:
+            self._rooms[load + 1][worker] = None
         worker.take(call)
+        if not load and len(self._rooms[0]) < self.settings.idle:
+            self._grow_soon()
 
     def _dispatch(self) -> None:
         """Give waiting calls to processes that have room."""
-        while self.waiting and (worker := self._roomy()) is not None:
-            call = heapq.heappop(self._heap)[2]
-            if not call.done():
-                self.waiting -= 1
-                self._give(worker, call)
+        if self._dispatching:
+            return  # a call that cannot be sent has made room at once
+        self._dispatching = True
+        try:
+            while self.waiting and (worker := self._roomy()) is not None:
+                call = heapq.heappop(self._heap)[2]
+                if not call.done():
+                    self.waiting -= 1
+                    self._give(worker, call)
+        finally:
+            self._dispatching = False
 
     def cancelled(self, call: PoolCall) -> None:
         """The user has cancelled a call."""
@@ -228,8 +247,10 @@ class Core:
 
     def _close_call(self) -> None:
         self.open -= 1
-        if not self.open and self._over is not None and not self._over.done():
-            self._over.set_result(None)
+        if not self.open:
+            if self._over is not None and not self._over.done():
+                self._over.set_result(None)
+            self._end_if_over()
 
     # -- processes
 
@@ -257,7 +278,7 @@ class Core:
     def _is_worn(self, worker: Worker) -> bool:
         s = self.settings
         return (
-            (s.max_calls is not None and worker.answers >= s.max_calls)
+            (worker.given == s.max_calls and not worker.calls)
             or (s.max_age is not None and self.loop.time() - worker.began >= s.max_age)
             or (s.max_rss is not None and worker.resident() > s.max_rss)
         )
@@ -266,6 +287,8 @@ class Core:
         """A process is initialised."""
         if worker in self.workers:
             self.starting -= 1
+            self._proven = True
+            self._pause = _PAUSE
             self._rooms[0][worker] = None
             worker.idle_since = self.loop.time()
             self._dispatch()
@@ -281,7 +304,8 @@ class Core:
             self.starting -= 1
         for room in self._rooms:
             room.pop(worker, None)
-        if self.waiting or len(self.workers) < self.settings.idle:
+        # What could not even start says why first: see worker_ended.
+        if worker.ready:
             self._grow_soon()
 
     def retire(self, worker: Worker) -> None:
@@ -294,22 +318,22 @@ class Core:
         if not worker.calls:
             self._later(_GRACE, worker.kill)
 
-    def worker_ended(self, worker: Worker, error: BaseException) -> None:
-        """A process has ended, and all its calls have been told."""
+    def worker_ended(self, worker: Worker, error: BaseException, told: bool) -> None:
+        """A process has ended; whether calls were told the error."""
         self.leaving.discard(worker)
-        asked = worker.condemned or worker.finishing or self.closed
+        asked = worker.condemned or (worker.finishing and not told)
         if not asked:
             self.count.lost += 1
+            self._call_user(self.settings.on_error, error)
             if not worker.ready:
                 self._start_failed(error)
-            else:
-                self._call_user(self.settings.on_error, error)
+        self._grow_soon()
         self._end_if_over()
 
     # -- growing
 
     def _grow_soon(self) -> None:
-        if not self._growing:
+        if not self._growing and not self._destroyed:
             self._growing = True
             self.loop.call_soon(self._grow)
 
@@ -317,35 +341,47 @@ class Core:
         """Start as many processes as are wanted, by one request."""
         self._growing = False
         s = self.settings
-        if self.closed and not self.waiting:
-            return
         self._dispatch()
-        wanted = -(-self.waiting // s.load) - self.starting
+        wanted = -(-self.waiting // s.load) - len(self._rooms[0]) - self.starting
         if not self.closed:
-            idle = len(self._rooms[0]) + self.starting
-            wanted = max(wanted, s.idle - idle)
-        n = min(wanted, s.max - len(self.workers))
+            wanted += s.idle
+        n = wanted = min(wanted, s.max - len(self.workers))
         if n <= 0:
             return
         now = self.loop.time()
-        pause = self._last_failure + _PAUSE - now if self.workers else 0.0
-        if s.start and self.workers:
-            pause = max(pause, self._last_start + s.start - now)
+        begin = now
+        if self.workers or not self.waiting:
+            begin = self._paused_until
+        if s.start:
             n = 1
-        if pause > 0:
-            self._later(pause, self._grow_soon)
+            if self.workers:
+                begin = max(begin, self._last_start + s.start)
+        if begin > now:
+            self._grow_at(begin)
             return
         self._last_start = now
         try:
             for fork in self.template.fork_many(n):
                 self._start(fork)
-        except (OSError, ClosedError, TemplateError) as exc:
+        except Exception as exc:
+            self._call_user(s.on_error, exc)
             self._start_failed(exc)
+        if n < wanted:
+            self._grow_at(now + s.start)
+
+    def _grow_at(self, when: float) -> None:
+        if self._grow_timer is None:
+            self._grow_timer = self.loop.call_at(when, self._grow_timed)
+
+    def _grow_timed(self) -> None:
+        self._grow_timer = None
+        self._grow()
 
     def _start(self, fork: Fork) -> None:
         worker = Worker(self.loop, self, fork, self.setup.codec)
         handles: dict[str, int] = {}
         s = self.settings
+        run = None
         try:
             if s.stdout is not None:
                 worker.stdout = OutputPipe(self.loop, s.stdout)
@@ -362,6 +398,8 @@ class Core:
             for relay in (worker.stdout, worker.stderr, worker.logs):
                 if relay is not None:
                     relay.close_write()
+                    if run is None:  # the loop must not go on reading it
+                        relay.close()
         self.workers.add(worker)
         self.starting += 1
         self.count.started += 1
@@ -369,22 +407,18 @@ class Core:
 
     def _start_failed(self, error: BaseException) -> None:
         """A process could not be started."""
-        now = self.loop.time()
-        # A template of ours that has died is replaced, but not for ever.
-        again = (
-            self._own_template
-            and self._template is not None
-            and _is_dead(self._template)
-            and now - self._last_failure > _PAUSE
-        )
-        self._last_failure = now
-        self._call_user(self.settings.on_error, error)
-        if self.workers or again:
-            if not again:
-                logger.warning("a process of a pool could not start: %s", error)
-            self._grow_soon()
+        template = self._template
+        if self._proven and template and self._own_template and _is_dead(template):
+            return  # it will be replaced
+        self._paused_until = self.loop.time() + self._pause
+        self._pause = min(2 * self._pause, _PAUSE_MAX)
+        if self.workers:
+            # They do what waits, or fail as well.
+            logger.warning("a process of a pool could not start: %s", error)
             return
         # Nobody else can do what waits.
+        if not self.waiting and self.settings.on_error is None:
+            logger.error("no process of a pool could start: %s", error)
         heap, self._heap = self._heap, []
         for _, _, call in heap:
             if not call.done():
@@ -458,9 +492,9 @@ class Core:
             self.cancel_all()
         except asyncio.CancelledError:
             self.cancel_all()
-            await self._end_workers()
             raise
-        await self._end_workers()
+        finally:
+            await self._end_workers()
 
     def cancel_all(self) -> None:
         """Cancel the calls that are open, and kill the processes."""
@@ -476,9 +510,11 @@ class Core:
             self.retire(worker)
         if self.leaving:
             ended = [worker.ended for worker in self.leaving]
-            await asyncio.wait(ended, timeout=_GRACE)
-            self.kill()
-            await asyncio.wait(ended)
+            try:
+                await asyncio.wait(ended, timeout=_GRACE)
+            finally:  # cancelled: they have had their time
+                self.kill()
+                await asyncio.wait(ended)
         if not self._destroyed:
             self._destroy()
         if self._own_template and self._template is not None:
@@ -489,8 +525,9 @@ class Core:
         for timer in self._timers:
             timer.cancel()
         self._timers.clear()
-        if self._stop_timer is not None:
-            self._stop_timer.cancel()
+        for handle in (self._stop_timer, self._grow_timer):
+            if handle is not None:
+                handle.cancel()
         if self._own_template and self._template is not None:
             self._template.close()
         self._call_user(self.settings.on_destroy)

@@ -84,8 +84,9 @@ class Calls:
         """
         from dataclasses import replace
 
-        if "retry_on" in options and isinstance(options["retry_on"], type):
-            options["retry_on"] = (options["retry_on"],)
+        if "retry_on" in options:
+            kinds = options["retry_on"]
+            options["retry_on"] = (kinds,) if isinstance(kinds, type) else tuple(kinds)
         new = replace(self._options, **options)
         if new.timeout is not None and new.timeout <= 0:
             raise ValueError(f"timeout must be positive: {new.timeout}")
@@ -222,7 +223,8 @@ class Pool(Calls):
         max_calls: Calls after which a process is replaced.
         max_age: Seconds after which it is, once it has answered.
         max_rss: Bytes of resident memory above which it is.
-        stdout: None for the template's, or a function called with each line.
+        stdout: None for the template's, a function called with each line, or
+            a descriptor.
         stderr: The same, or "tail": the application's own, the last of it
             kept for `WorkerLost`.
         logging: Whether records of the processes' logging are handled by the
@@ -348,7 +350,7 @@ class Pool(Calls):
         call.priority = options.priority
         call.retries = options.retries
         call.retry_on = options.retry_on
-        call.timer = None
+        call.overdue = call.timer = None
         call.on_event = options.on_event
         if options.timeout is not None or options.capture or self._variables:
             call.options = self._call_options(options)

@@ -31,6 +31,7 @@ class PoolCall(Call):
         "failed",
         "kill_after",
         "limit",
+        "overdue",
         "priority",
         "retries",
         "retry_on",
@@ -43,6 +44,8 @@ class PoolCall(Call):
     #: Seconds it may run, and seconds more before its process is killed.
     limit: float | None
     kill_after: float
+    #: It is to be tried once more because it has taken too long.
+    overdue: TimeoutError | None
     priority: int
     retries: int
     retry_on: tuple[type[BaseException], ...]
@@ -67,8 +70,8 @@ class Worker(Connection):
         self.began = loop.time()
         #: When it had nothing to do any more.
         self.idle_since = self.began
-        #: Calls that it has answered.
-        self.answers = 0
+        #: Calls that it has been given.
+        self.given = 0
         #: It gets no further calls.
         self.retired = False
         #: It will be killed because of what has become of the call it runs.
@@ -80,7 +83,9 @@ class Worker(Connection):
     def take(self, call: PoolCall) -> None:
         """Be given a call."""
         self.submit(call)
-        if call.limit is not None and (self.core.asynchronous or len(self.calls) == 1):
+        if call.limit is None or call.id not in self.calls:  # could not be sent
+            return
+        if self.core.asynchronous or len(self.calls) == 1:
             self._arm(call)
 
     def sent(self, call: Call) -> None:
@@ -101,25 +106,35 @@ class Worker(Connection):
     def _overdue(self, call: PoolCall) -> None:
         if not call.done():
             self.core.count.timeouts += 1
-            call.failed = True
-            call.set_exception(
-                TimeoutError(f"the call has not ended after {call.limit:g} s")
-            )
+            error = TimeoutError(f"the call has not ended after {call.limit:g} s")
+            if self._is_to_retry(call, error):
+                call.overdue = error
+            else:
+                call.failed = True
+                call.set_exception(error)
         self._condemn(call)
 
     def dismiss(self, call: PoolCall) -> None:
         """Nobody waits for this call any more: end it, and no other."""
-        waits = not self.core.asynchronous and self._running() is not call
-        if not waits and not self.core.asynchronous and call.stream is None:
+        if call in self.backlog:  # it is to be sent yet
+            del self.calls[call.id]
+            self.backlog.remove(call)
+            self.answer(call, None, None)
+            return
+        runs = self.core.asynchronous or self._running() is call
+        if runs and not self.core.asynchronous and call.stream is None:
             self._condemn(call)
         elif self.link is not None:
             # A task ends, a generator is closed, what waits is forgotten.
             self.link.send(CANCEL, call.id, b"")
             self._flush_soon()
-            if not waits:  # but the code in it may have its own mind
-                if call.timer is not None:
-                    call.timer.cancel()
-                call.timer = self.loop.call_later(call.kill_after, self._condemn, call)
+            if runs:
+                self._expect_end(call)
+
+    def _expect_end(self, call: PoolCall) -> None:
+        """It has been told to end, but the code in it may have its own mind."""
+        self._stop_timer(call)
+        call.timer = self.loop.call_later(call.kill_after, self._condemn, call)
 
     def _condemn(self, call: PoolCall) -> None:
         """Kill the process for a call that it is still at."""
@@ -134,20 +149,21 @@ class Worker(Connection):
 
     def answer(self, call: Call, value: Any, error: BaseException | None) -> None:
         assert isinstance(call, PoolCall)
-        if (
-            error is not None
-            and call.retries > 0
-            and not call.done()
-            and isinstance(error, call.retry_on)
-        ):
+        self._stop_timer(call)
+        if call.overdue is not None and error is not None:
+            error, call.overdue = call.overdue, None
+        if error is not None and self._is_to_retry(call, error):
             call.retries -= 1
+            call.output = None
             self.core.count.retries += 1
-            self._stop_timer(call)
             self.core.again(call)
-            self.core.freed(self)
+            self._go_on()
         else:
             call.failed = call.failed or error is not None
             super().answer(call, value, error)
+
+    def _is_to_retry(self, call: PoolCall, error: BaseException) -> bool:
+        return call.retries > 0 and not call.done() and isinstance(error, call.retry_on)
 
     def _stop_timer(self, call: PoolCall) -> None:
         if call.timer is not None:
@@ -157,13 +173,19 @@ class Worker(Connection):
     def answered(self, call: Call) -> None:
         assert isinstance(call, PoolCall)
         self._stop_timer(call)
-        self.answers += 1
-        if self.calls and not self.core.asynchronous:
-            following = self._running()
-            assert isinstance(following, PoolCall)
-            if following.limit is not None:
-                self._arm(following)
         self.core.closed_call(call)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """A call has left; the one behind it begins."""
+        following = None if self.core.asynchronous else self._running()
+        if following is not None:
+            assert isinstance(following, PoolCall)
+            if following.done() and following.timer is None:
+                # Cancelled when it was to be forgotten; it may have been too late.
+                self._expect_end(following)
+            elif following.limit is not None and not following.done():
+                self._arm(following)
         self.core.freed(self)
 
     # -- life
@@ -208,7 +230,7 @@ class Worker(Connection):
         self.backlog.clear()
 
     def on_end(self, error: BaseException, told: bool) -> None:
-        self.core.worker_ended(self, error)
+        self.core.worker_ended(self, error, told)
 
     def lost_error(self) -> WorkerLost:
         error = super().lost_error()

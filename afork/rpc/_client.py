@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import select
 import struct
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from afork import _afork
 from afork._errors import ClosedError, ProtocolError, WorkerLost
+from afork._hub import hub
 from afork._state import next_id
 
 from ._codecs import Codec, close_all, find_codec
@@ -31,13 +34,14 @@ from ._kinds import (
     STOP,
     STREAM,
 )
+from ._watch import Watch
 
 if TYPE_CHECKING:
     from afork._fork import Fork
 
     from ._logs import LogRelay
     from ._output import OutputPipe
-    from ._stream import Stream
+    from ._stream import Items
 
 _CREDIT = struct.Struct("=I")
 
@@ -111,7 +115,7 @@ class Call(asyncio.Future[Any]):
         self.options: list[bytes] | None = None
         self.on_event: Callable[[Event], object] | None = None
         self.output: tuple[bytes, bytes] | None = None
-        self.stream: Stream | None = None
+        self.stream: Items | None = None
         self.connection: Connection | None = None
 
     def cancel(self, msg: Any = None) -> bool:
@@ -185,7 +189,8 @@ class Connection:
         self.ended: asyncio.Future[None] = loop.create_future()
         #: It takes nothing any more; what explains that can still be read.
         self._deaf = False
-        self._flushing = self._writing = False
+        self._flushing = False
+        self._watch: Watch | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- starting
@@ -197,7 +202,16 @@ class Connection:
     def _spawn(self, coroutine: Any) -> None:
         task = self.loop.create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._task_over)
+
+    def _task_over(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() and not self.ended.done():
+            # The loop is being torn down, but somebody may wait for us in it.
+            self.kill()
+            self.close_link()
+            self.before_end()
+            self._tell(self.error)
 
     async def _connect(self, run: Any) -> None:
         try:
@@ -210,9 +224,42 @@ class Connection:
             sock.close()
             return
         self.link = _afork.Link(sock.detach())
-        self.loop.add_reader(self.link.fileno(), self._on_readable)
+        self._watch = Watch(
+            self.loop, self.link.fileno(), self._on_readable, self._flush
+        )
+        self._watch_exit()
         self._send_backlog()
         self._flush()
+
+    def _watch_exit(self) -> None:
+        """Notice its end although somebody else has its end of the socket.
+
+        A process that it has forked, say: there is no end of file then.
+        """
+        loop, on_exit = self.loop, weakref.WeakMethod(self._on_exit)
+
+        def exited() -> None:  # in any thread
+            callback = on_exit()
+            if callback is not None and not loop.is_closed():
+                try:
+                    loop.call_soon_threadsafe(callback)
+                except RuntimeError:
+                    pass  # closed since
+
+        with hub().lock:
+            self.fork._process.when_exited(exited)
+
+    def _on_exit(self) -> None:
+        link = self.link
+        if link is None:
+            return
+        # What it has sent is there; the end of it, too, unless it is held up.
+        poll = select.poll()
+        poll.register(link.fileno(), select.POLLIN)
+        while self.link is link and poll.poll(0):
+            self._on_readable()
+        if self.link is link:
+            self._on_eof()
 
     # -- sending
 
@@ -278,12 +325,8 @@ class Connection:
             if not all_sent or not self.backlog:
                 break
             self._send_backlog()
-        if self._writing == all_sent:
-            self._writing = not all_sent
-            if self._writing:
-                self.loop.add_writer(link.fileno(), self._flush)
-            else:
-                self.loop.remove_writer(link.fileno())
+        if self._watch is not None:
+            self._watch.write(not all_sent)
         if self.finishing and not self.calls:
             link.shutdown()
 
@@ -312,7 +355,7 @@ class Connection:
         if link is None:
             return
         try:
-            frames = link.receive()
+            frames = iter(link.receive())
         except OSError as exc:
             self._broken(exc)
             return
@@ -332,10 +375,10 @@ class Connection:
                     self.answer(call, None, exc)
                 else:
                     self.answer(call, value, None)
-            elif not self._on_frame(kind, call, id, payload, fds):
-                close_all(fds)
-                self._broken(ProtocolError(f"an unexpected RPC frame of kind {kind}"))
-                return
+            elif not self._try_frame(kind, call, id, payload, fds):
+                break
+        for _, _, _, fds in frames:  # those behind a frame that made no sense
+            close_all(fds)
         if self.link is not link:
             return
         if link.pending:
@@ -343,12 +386,26 @@ class Connection:
         elif link.eof:
             self._on_eof()
 
+    def _try_frame(
+        self, kind: int, call: Call | None, id: int, payload: bytes, fds: Any
+    ) -> bool:
+        """Handle a frame that is not a result, or give the process up."""
+        error = ProtocolError(f"an unexpected RPC frame of kind {kind}")
+        try:
+            if self._on_frame(kind, call, id, payload, fds):
+                return True
+            close_all(fds)
+        except Exception as exc:  # what it should have in it is not there
+            error.__cause__ = exc
+        self._broken(error)
+        return False
+
     def _on_frame(
         self, kind: int, call: Call | None, id: int, payload: bytes, fds: Any
     ) -> bool:
         """Handle a frame that is not a result; whether it made sense."""
         if kind == EVENT:
-            self._on_event(call, id, self._decode(payload, fds))
+            self._on_event(call, id, payload, fds)
         elif kind == READY:
             self.ready = True
             self.on_ready()
@@ -367,8 +424,9 @@ class Connection:
             del self.calls[id]
             self.answer(call, None, None)
         elif kind == ERROR:
+            error = decode_exception(payload, fds, self.codec)
             del self.calls[id]
-            self.answer(call, None, decode_exception(payload, fds, self.codec))
+            self.answer(call, None, error)
         elif kind == OUTPUT:
             stdout, stderr = find_codec("bytes").decode(payload, fds)
             call.output = stdout, stderr
@@ -376,11 +434,18 @@ class Connection:
             return False
         return True
 
-    def _on_event(self, call: Call | None, id: int, args: Any) -> None:
+    def _on_event(self, call: Call | None, id: int, payload: bytes, fds: Any) -> None:
         callback = call.on_event if call is not None else None
         callback = callback or self.on_event
-        if callback is not None:
-            call_user(self.loop, callback, Event(id, tuple(args)))
+        try:
+            event = Event(id, tuple(self._decode(payload, fds)))
+        except Exception as exc:
+            self.loop.call_exception_handler(
+                {"message": "an event could not be decoded", "exception": exc}
+            )
+        else:
+            if callback is not None:
+                call_user(self.loop, callback, event)
 
     def answer(self, call: Call, value: Any, error: BaseException | None) -> None:
         """Complete a call, which is not among those without an answer any more."""
@@ -434,9 +499,9 @@ class Connection:
     def close_link(self) -> None:
         link, self.link = self.link, None
         if link is not None:
-            self.loop.remove_reader(link.fileno())
-            if self._writing:
-                self.loop.remove_writer(link.fileno())
+            if self._watch is not None:
+                self._watch.close()
+                self._watch = None
             link.close()
 
     def _broken(self, error: BaseException) -> None:
@@ -465,10 +530,12 @@ class Connection:
             await self.fork.wait()
         except (WorkerLost, OSError, ProtocolError):
             pass  # its status is not known
-        except asyncio.CancelledError:
-            raise
         except Exception as exc:
             error = error or exc
+        self._tell(error)
+
+    def _tell(self, error: BaseException | None) -> None:
+        """It has ended; why, if that is known."""
         if error is None and (self.calls or not self.finishing):
             error = self.lost_error()
         for relay in (self.stdout, self.stderr, self.logs):

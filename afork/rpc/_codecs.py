@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import _pickle
 import sys
+from _io import BytesIO
 from copyreg import dispatch_table
 from functools import cache
-from io import BytesIO
 
 from .. import _afork, _child
 from ._buffers import Outgoing, find_shared, live, unwrap

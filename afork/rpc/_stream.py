@@ -17,6 +17,35 @@ if TYPE_CHECKING:
     from ._client import Call
 
 
+class Items:
+    """The items of a stream that have arrived, and who waits for one.
+
+    Apart from the `Stream`, to which nothing must refer that lives for as long
+    as the call: it ends the call by going away.
+    """
+
+    def __init__(self) -> None:
+        self.queue: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        self.waiter: asyncio.Future[None] | None = None
+
+    def feed(self, payload: bytes, fds: tuple[int, ...]) -> None:
+        """An item has arrived."""
+        self.queue.append((payload, fds))
+        self.wake()
+
+    def wake(self) -> None:
+        """There may be something to be seen."""
+        waiter, self.waiter = self.waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def clear(self) -> None:
+        """Nobody reads on."""
+        while self.queue:
+            close_all(self.queue.popleft()[1])
+        self.wake()
+
+
 class Stream(AsyncIterator[Any]):
     """The items of a generator that runs in a process, as they are made.
 
@@ -28,45 +57,32 @@ class Stream(AsyncIterator[Any]):
     def __init__(self, call: Call, decode: Callable[[bytes, Any], Any]) -> None:
         self._call = call
         self._decode = decode
-        self._items: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        self._items = call.stream = Items()
         self._taken = 0
-        self._waiter: asyncio.Future[None] | None = None
-        call.stream = self
 
     @property
     def call_id(self) -> int:
         """Id of the call, as its events have it."""
         return self._call.id
 
-    def feed(self, payload: bytes, fds: tuple[int, ...]) -> None:
-        """An item has arrived."""
-        self._items.append((payload, fds))
-        self.wake()
-
-    def wake(self) -> None:
-        """There may be something to be seen."""
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Any:
-        call = self._call
-        while not self._items:
+        call, items = self._call, self._items
+        while not items.queue:
             if call.done():
                 if not call.cancelled():
                     call.result()  # raises what the generator has raised
                 raise StopAsyncIteration
-            if self._waiter is not None:
+            if items.waiter is not None:
                 raise RuntimeError("the stream is being read by another task")
-            self._waiter = call.get_loop().create_future()
+            items.waiter = call.get_loop().create_future()
             try:
-                await self._waiter
+                await items.waiter
             finally:
-                self._waiter = None
-        payload, fds = self._items.popleft()
+                items.waiter = None
+        payload, fds = items.queue.popleft()
         self._taken += 1
         if self._taken >= WINDOW // 2 and call.connection is not None:
             call.connection.add_credit(call.id, self._taken)
@@ -82,9 +98,7 @@ class Stream(AsyncIterator[Any]):
             self._call.cancel()
         elif not self._call.cancelled():
             self._call.exception()  # nobody is going to ask for it
-        while self._items:
-            close_all(self._items.popleft()[1])
-        self.wake()
+        self._items.clear()
 
     async def __aenter__(self) -> Self:
         return self

@@ -74,6 +74,7 @@ class SyncServer(_serve.Server):
             if not todo:
                 if link.eof:
                     return
+                flush(True)  # that calls were forgotten
                 continue
             kind, id, payload, fds = todo.popleft()
             self.current = id
@@ -108,7 +109,7 @@ class SyncServer(_serve.Server):
         for frame in [x for x in self.todo if x[1] == id]:
             self.todo.remove(frame)
             close_all(frame[3])
-            if frame[0] != OPTIONS:
+            if frame[0] & ~KEYWORDS in (CALL, STREAM):
                 self.link.send(STOP, id, b"")
 
     # -- calls

@@ -14,17 +14,9 @@
 #include <sys/socket.h>
 
 #include "fd.h"
-#include "link.h"
+#include "link_type.h"
 
 enum { BACK_OFF = 10 /* milliseconds */ };
-
-typedef struct {
-    PyObject_HEAD
-    struct afork_link link;
-    int users;     /* calls in which other code may run, also in this thread */
-    int receiving; /* one of them is receive */
-    int closed;    /* the last of them is to free the link */
-} Link;
 
 static PyObject *
 link_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
@@ -59,8 +51,8 @@ link_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
-static int
-check_open(const Link *l)
+int
+binding_link_check(const Link *l)
 {
     if (!l->closed)
         return 0;
@@ -68,8 +60,8 @@ check_open(const Link *l)
     return -1;
 }
 
-static void
-leave(Link *l)
+void
+binding_link_leave(Link *l)
 {
     if (--l->users == 0 && l->closed)
         afork_link_free(&l->link);
@@ -155,9 +147,8 @@ link_send(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     Py_RETURN_NONE;
 }
 
-/* Waits without the GIL, then runs signal handlers; -1 with an exception. */
-static int
-wait_for(Link *l, short events)
+int
+binding_link_wait(Link *l, short events)
 {
     struct pollfd p = {.fd = l->link.fd, .events = events};
 
@@ -165,7 +156,7 @@ wait_for(Link *l, short events)
     /* A number that ends the wait for another reason comes back at once. */
     poll(&p, 1, -1);
     Py_END_ALLOW_THREADS
-    return PyErr_CheckSignals() < 0 ? -1 : check_open(l);
+    return PyErr_CheckSignals() < 0 ? -1 : binding_link_check(l);
 }
 
 static int
@@ -176,7 +167,7 @@ flush_waiting(Link *l)
 
     while ((r = afork_link_flush(&l->link)) == 0) {
         before = l->link.out.sent;
-        if (wait_for(l, POLLOUT) < 0)
+        if (binding_link_wait(l, POLLOUT) < 0)
             return -1;
         r = afork_link_flush(&l->link);
         if (r)
@@ -187,7 +178,7 @@ flush_waiting(Link *l)
             Py_BEGIN_ALLOW_THREADS
             poll(NULL, 0, BACK_OFF);
             Py_END_ALLOW_THREADS
-            if (PyErr_CheckSignals() < 0 || check_open(l) < 0)
+            if (PyErr_CheckSignals() < 0 || binding_link_check(l) < 0)
                 return -1;
         }
     }
@@ -196,10 +187,9 @@ flush_waiting(Link *l)
     return r < 0 ? -1 : 1;
 }
 
-/* One optional argument that says whether to wait. */
-static int
-get_wait(const char *name, PyObject *const *args, Py_ssize_t nargs,
-         Py_ssize_t max)
+int
+binding_link_wait_arg(const char *name, PyObject *const *args,
+                      Py_ssize_t nargs, Py_ssize_t max)
 {
     if (check_nargs(name, nargs, 0, max) < 0)
         return -1;
@@ -210,9 +200,9 @@ static PyObject *
 link_flush(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     Link *l = (Link *)self;
-    int r, wait = get_wait("flush", args, nargs, 1);
+    int r, wait = binding_link_wait_arg("flush", args, nargs, 1);
 
-    if (wait < 0 || check_open(l) < 0)
+    if (wait < 0 || binding_link_check(l) < 0)
         return NULL;
     if (!wait) {
         r = afork_link_flush(&l->link);
@@ -220,160 +210,8 @@ link_flush(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     }
     l->users++;
     r = flush_waiting(l);
-    leave(l);
+    binding_link_leave(l);
     return r < 0 ? NULL : PyBool_FromLong(r);
-}
-
-static PyObject *
-fds_tuple(const struct afork_link_frame *frame)
-{
-    PyObject *tuple = PyTuple_New(frame->nfds); /* () is only one object */
-
-    for (Py_ssize_t i = 0; tuple && i < frame->nfds; i++) {
-        PyObject *fd = PyLong_FromLong(frame->fds[i]);
-
-        if (!fd)
-            Py_CLEAR(tuple);
-        else
-            PyTuple_SET_ITEM(tuple, i, fd);
-    }
-    return tuple;
-}
-
-static PyObject *
-frame_tuple(const struct afork_link_frame *frame)
-{
-    PyObject *parts[4] = {
-        PyLong_FromLong(frame->kind),
-        PyLong_FromUnsignedLongLong(frame->id),
-        PyBytes_FromStringAndSize((const char *)frame->payload,
-                                  (Py_ssize_t)frame->len),
-        fds_tuple(frame),
-    };
-    PyObject *tuple = PyTuple_New(4);
-    int i;
-
-    for (i = 0; tuple && i < 4; i++) {
-        if (!parts[i])
-            Py_CLEAR(tuple);
-        else
-            PyTuple_SET_ITEM(tuple, i, Py_NewRef(parts[i]));
-    }
-    for (i = 0; i < 4; i++)
-        Py_XDECREF(parts[i]);
-    return tuple;
-}
-
-/*
- * Appends complete frames up to limit; -1 with an exception.  A frame and its
- * descriptors leave the link when they are in the list.
- */
-static int
-collect(Link *l, PyObject *list, Py_ssize_t limit)
-{
-    struct afork_link_frame frame;
-
-    while (PyList_GET_SIZE(list) < limit &&
-           afork_link_peek(&l->link, &frame)) {
-        PyObject *tuple = frame_tuple(&frame);
-        int r = tuple ? PyList_Append(list, tuple) : -1;
-
-        Py_XDECREF(tuple);
-        if (r < 0 && PyList_GET_SIZE(list) == 0)
-            return -1;
-        if (r < 0) { /* no memory: the next call tries again */
-            PyErr_Clear();
-            break;
-        }
-        afork_link_take(&l->link);
-    }
-    return 0;
-}
-
-/* One recvmsg: 1 when there may be frames, 0 not now or not any more, -1. */
-static int
-fill(Link *l, int wait)
-{
-    int r;
-
-    if (wait) {
-        Py_BEGIN_ALLOW_THREADS
-        r = afork_link_fill(&l->link, 1);
-        Py_END_ALLOW_THREADS
-        if (check_open(l) < 0)
-            return -1;
-    } else {
-        r = afork_link_fill(&l->link, 0);
-    }
-    if (r == -EPIPE)
-        return 0;
-    if (r == -EINTR)
-        return PyErr_CheckSignals() < 0 ? -1 : 1;
-    if (r < 0)
-        binding_oserror(r);
-    /* The socket itself is a non-blocking one. */
-    if (r == 0 && wait)
-        return wait_for(l, POLLIN) < 0 ? -1 : 1;
-    return r < 0 ? -1 : r;
-}
-
-static PyObject *
-receive(Link *l, int wait, Py_ssize_t limit)
-{
-    PyObject *list = PyList_New(0);
-    int r = 1;
-
-    if (!list)
-        return NULL;
-    while (r > 0) {
-        if (collect(l, list, limit) < 0)
-            r = -1;
-        else if (PyList_GET_SIZE(list))
-            break;
-        else
-            r = fill(l, wait);
-        if (r > 0 && !wait) {
-            r = collect(l, list, limit);
-            break;
-        }
-    }
-    if (r < 0)
-        Py_CLEAR(list);
-    return list;
-}
-
-static PyObject *
-link_receive(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
-{
-    Link *l = (Link *)self;
-    int wait = get_wait("receive", args, nargs, 2);
-    Py_ssize_t limit = 128;
-    PyObject *list;
-
-    if (wait < 0)
-        return NULL;
-    if (nargs == 2) {
-        limit = PyLong_AsSsize_t(args[1]);
-        if (limit == -1 && PyErr_Occurred())
-            return NULL;
-        if (limit < 1) {
-            PyErr_SetString(PyExc_ValueError, "limit is less than 1");
-            return NULL;
-        }
-    }
-    if (check_open(l) < 0)
-        return NULL;
-    if (l->receiving) {
-        PyErr_SetString(PyExc_RuntimeError,
-                        "another call of receive is not done yet");
-        return NULL;
-    }
-    l->receiving = 1;
-    l->users++;
-    list = receive(l, wait, limit);
-    l->receiving = 0;
-    leave(l);
-    return list;
 }
 
 static PyObject *
@@ -383,7 +221,7 @@ link_detach(PyObject *self, PyObject *unused)
     int fd;
 
     (void)unused;
-    if (check_open(l) < 0)
+    if (binding_link_check(l) < 0)
         return NULL;
     if (l->users) {
         PyErr_SetString(PyExc_RuntimeError, "the link is in use");
@@ -402,7 +240,7 @@ link_shutdown(PyObject *self, PyObject *unused)
     Link *l = (Link *)self;
 
     (void)unused;
-    if (check_open(l) < 0)
+    if (binding_link_check(l) < 0)
         return NULL;
     shutdown(l->link.fd, SHUT_WR); /* ENOTCONN: the peer has gone already */
     Py_RETURN_NONE;
@@ -463,8 +301,8 @@ get_eof(PyObject *self, void *unused)
 static PyMethodDef methods[] = {
     {"send", (PyCFunction)(void (*)(void))link_send, METH_FASTCALL, NULL},
     {"flush", (PyCFunction)(void (*)(void))link_flush, METH_FASTCALL, NULL},
-    {"receive", (PyCFunction)(void (*)(void))link_receive, METH_FASTCALL,
-     NULL},
+    {"receive", (PyCFunction)(void (*)(void))binding_link_receive,
+     METH_FASTCALL, NULL},
     {"detach", link_detach, METH_NOARGS, NULL},
     {"shutdown", link_shutdown, METH_NOARGS, NULL},
     {"close", link_close, METH_NOARGS, NULL},

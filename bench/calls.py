@@ -1,0 +1,276 @@
+#!/usr/bin/env python3
+"""The second benchmark: calls into worker processes, beside the peers and a limit in C.
+
+As in start.py, every contender runs once per round in a process of its own, and rounds
+alternate. See ``--help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import call_targets
+import table
+from call_contenders import BULK, COLD, LOST, MANY, ONE, QUEUE, SHARED, contenders
+from contenders import Contender, Job
+from meter import Sample
+from start import BUILD, SETTLE, build_limits, machine, run_one
+from targets import Results, Row, rate, ratios
+
+Cell = tuple[str, Callable[[list[Sample]], str]]
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="How much calls cost.")
+    parser.add_argument("--rounds", type=int, help="alternating rounds (5)")
+    parser.add_argument(
+        "--seconds", type=float, help="measured seconds per contender and round (0.5)"
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="contenders whose key has this",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="1 round of 0.1 s: does it run, not how fast is it",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print the contenders' keys"
+    )
+    parser.add_argument(
+        "--rst", action="store_true", help="print the tables in reStructuredText"
+    )
+    parser.add_argument(
+        "--render",
+        action="store_true",
+        help="print what the JSON file has, run nothing",
+    )
+    parser.add_argument(
+        "--json", type=Path, default=BUILD / "bench-calls.json", metavar="FILE"
+    )
+    args = parser.parse_args()
+    args.rounds = args.rounds or (1 if args.quick else 5)
+    args.seconds = args.seconds or (0.1 if args.quick else 0.5)
+    return args
+
+
+def select(texts: list[str]) -> list[Contender]:
+    """The contenders of these keys; a text that is no key selects all that have it."""
+    known = contenders()
+    keys = {one.key for one in known}
+    return [
+        one
+        for one in known
+        if not texts
+        or any(text == one.key if text in keys else text in one.key for text in texts)
+    ]
+
+
+def measure(chosen: list[Contender], job: Job, rounds: int) -> Results:
+    """The samples of each, by round."""
+    results: Results = {one.key: [] for one in chosen}
+    for number in range(rounds):
+        for contender in chosen:
+            before = results[contender.key]
+            if before and "skip" in before[-1]:
+                continue
+            if sys.stderr.isatty():
+                print(
+                    f"\r\033[Kround {number + 1}/{rounds}  {contender.key}",
+                    end="",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            before.append(run_one(contender, job))
+            time.sleep(SETTLE)
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    return results
+
+
+# -- tables
+
+
+def _middle(samples: list[Sample], value: Callable[[Sample], float | None]) -> Any:
+    values = [x for x in map(value, samples) if x is not None]
+    return median(values) if values else None
+
+
+def _cell(value: Callable[[Sample], float | None], form: str) -> Any:
+    return lambda samples: table.number(_middle(samples, value), form)
+
+
+def _per_call(scale: float) -> Callable[[Sample], float | None]:
+    def value(sample: Sample) -> float | None:
+        found = rate(sample)
+        return scale / found if found else None
+
+    return value
+
+
+def _get(name: str, scale: float = 1.0) -> Callable[[Sample], float | None]:
+    return lambda sample: sample[name] * scale if name in sample else None
+
+
+_RATE: Cell = ("calls/s", _cell(rate, ",.0f"))
+_CPU: Cell = ("app CPU us", _cell(_get("cpu_us"), ".1f"))
+
+CELLS: dict[str, list[Cell]] = {
+    ONE: [("us", _cell(_per_call(1e6), ".1f")), _RATE, _CPU],
+    MANY: [("us", _cell(_per_call(1e6), ".1f")), _RATE, _CPU],
+    BULK: [("ms", _cell(_per_call(1e3), ".1f"))],
+    SHARED: [("us", _cell(_per_call(1e6), ".0f"))],
+    COLD: [
+        ("from nothing, ms", _cell(_get("seconds", 1e3), ".0f")),
+        ("server up, ms", _cell(call_targets.middle("warm_ms"), ".1f")),
+    ],
+    LOST: [
+        ("caller knows, ms", _cell(call_targets.middle("knows_ms"), ".2f")),
+        ("next answer, ms", _cell(call_targets.middle("next_ms"), ".2f")),
+    ],
+    QUEUE: [
+        ("bytes each", _cell(call_targets.memory, ",.0f")),
+        ("submit us", _cell(_get("submit_us"), ".1f")),
+        ("drain us", _cell(_per_call(1e6), ".1f")),
+        ("longest stall, ms", _cell(call_targets.stall, ".1f")),
+    ],
+}
+
+#: What a ratio column divides by, as time: a key, and its heading.
+BASES = {
+    ONE: ("one/limit", "of limit"),
+    MANY: ("many/ppe", "of PPE"),
+}
+
+
+def _lines(scenario: str, chosen: list[Contender], results: Results) -> list[list[str]]:
+    """The header, then a row for each contender; of two cells if it has no numbers."""
+    base, heading = BASES.get(scenario, ("", ""))
+    cells = CELLS[scenario]
+    lines = [["", *(name for name, _ in cells), *([heading] if base else [])]]
+    for one in chosen:
+        samples = [x for x in results[one.key] if x.get("n")]
+        if not samples:
+            last = results[one.key][-1] if results[one.key] else {}
+            remark = last.get("skip") or f"failed: {last.get('failed')}"
+            lines.append([one.label, str(remark)])
+            continue
+        row = [one.label, *(render(samples) for _, render in cells)]
+        if base:
+            found = ratios(results, one.key, base)
+            shown = [1 / x for x in found] if scenario == ONE else found
+            row.append(f"{median(shown):.2f}x" if shown else "-")
+        lines.append(row)
+        missing = len(results[one.key]) - len(samples)
+        if missing:
+            failed = next(x for x in results[one.key] if not x.get("n"))
+            remark = f"{missing} rounds failed: {failed.get('failed')}"
+            lines.append([f"  {one.label}", remark])
+    return lines
+
+
+def head(about: Row) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items())
+    return (
+        f"{about['date']}  {about['cpus']} x {about['cpu']}, "
+        f"{about['memory_mb']} MB, Linux {about['kernel']}, {about['libc']}\n"
+        f"python {about['python']}, {versions}\n"
+        f"load {about['load_before'][0]:.2f} before, {about['rounds']} alternating "
+        f"rounds of {about['seconds']:g} s, medians, took {about['took_s']:.0f} s"
+    )
+
+
+def render(about: Row, tables: dict[str, list[list[str]]], aims: list[Row]) -> str:
+    blocks = [head(about)]
+    for scenario, (header, *rows) in tables.items():
+        blocks.append("\n".join([scenario, *table.columns(header, rows)]))
+    blocks.append("\n".join(table.target_lines(aims)))
+    return "\n\n".join(blocks)
+
+
+def render_rst(tables: dict[str, list[list[str]]]) -> str:
+    """The same as list-tables; who could not run is left out."""
+    blocks = []
+    for scenario, (header, *rows) in tables.items():
+        widths = [46, *[max(12, 54 // (len(header) - 1))] * (len(header) - 1)]
+        lines = [
+            ".. list-table::",
+            "   :header-rows: 1",
+            f"   :widths: {' '.join(map(str, widths))}",
+            "",
+        ]
+        for row in [[scenario, *header[1:]], *(r for r in rows if len(r) > 2)]:
+            lines += [
+                f"   {'* -' if at == 0 else '  -'} {cell}".rstrip()
+                for at, cell in enumerate(row)
+            ]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def show(document: dict[str, Any], rst: bool) -> None:
+    results: Results = document["samples"]
+    known = [one for one in contenders() if one.key in results]
+    tables = {}
+    for scenario in CELLS:
+        chosen = [one for one in known if one.scenario == scenario]
+        if chosen:
+            tables[scenario] = _lines(scenario, chosen, results)
+    aims = call_targets.targets(results)
+    print(render_rst(tables) if rst else render(document["about"], tables, aims))
+
+
+def main() -> int:
+    args = options()
+    if args.render:
+        show(json.loads(args.json.read_text()), args.rst)
+        return 0
+    chosen = select(args.only)
+    if args.list:
+        print("\n".join(one.key for one in chosen))
+        return 0
+    if not chosen:
+        print("calls.py: --only matches nothing (see --list)", file=sys.stderr)
+        return 2
+    job = Job(build_limits(BUILD / "bench"), args.seconds, 0)
+    about = machine()
+    begin = time.monotonic()
+    results = measure(chosen, job, args.rounds)
+    for samples in results.values():
+        for sample in samples:
+            about.setdefault("versions", {}).update(sample.get("versions", {}))
+    about.update(
+        load_after=os.getloadavg(),
+        took_s=round(time.monotonic() - begin, 1),
+        rounds=args.rounds,
+        seconds=args.seconds,
+        quick=args.quick,
+    )
+    document = {
+        "about": about,
+        "targets": call_targets.targets(results),
+        "samples": results,
+    }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(document, indent=1) + "\n")
+    show(document, args.rst)
+    if not args.rst:
+        print(f"\n{args.json}")
+    failed = any("failed" in x for samples in results.values() for x in samples)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,375 @@
+"""What the tests of pools call: imported by the tests and by the processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import ctypes
+import os
+import signal
+import sys
+import threading
+
+import afork.rpc
+
+variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
+
+#: What init was called with.
+state: list[object] = []
+
+
+# -- answers
+
+
+def add(a, b=0):
+    return a + b
+
+
+def pid(*_):
+    return os.getpid()
+
+
+def echo(*args, **kwargs):
+    return args, kwargs
+
+
+def fail(kind=ValueError, *args):
+    raise kind(*args)
+
+
+def count(n):
+    yield from range(n)
+
+
+def count_and_fail(n):
+    yield from range(n)
+    raise ValueError(n)
+
+
+def forever(log):
+    """A generator that says when it is closed."""
+    try:
+        n = 0
+        while True:
+            yield n
+            n += 1
+    finally:
+        note(log, "closed")
+
+
+def progress(n):
+    for i in range(n):
+        afork.rpc.event("progress", i)
+    return n
+
+
+def write(text):
+    os.write(1, f"{text} out\n".encode())
+    os.write(2, f"{text} err\n".encode())
+    return text
+
+
+def get_variable():
+    return variable.get("unset")
+
+
+def get_state():
+    return state
+
+
+def note(path, text):
+    """One line, as a whole, however many processes write."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.write(fd, f"{text}\n".encode())
+    os.close(fd)
+
+
+def note_and_add(path, a):
+    note(path, a)
+    return a + 1
+
+
+def retire():
+    afork.rpc.retire()
+    return os.getpid()
+
+
+# -- waiting
+
+
+def hold(gate, value=None):
+    """Say that it runs, and wait to be let go: a byte in a FIFO."""
+    fd = os.open(gate, os.O_RDONLY)
+    try:
+        afork.rpc.event("held", os.getpid(), value)
+        os.read(fd, 1)
+    finally:
+        os.close(fd)
+    return value
+
+
+def hold_through(gate):
+    """The same, but an exception does not end it."""
+    while True:
+        try:
+            return hold(gate)
+        except Exception:
+            afork.rpc.event("swallowed")
+
+
+def hold_blocking(gate):
+    """The same, and no signal with a handler reaches it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    return hold(gate)
+
+
+def hold_catching(gate):
+    try:
+        hold(gate)
+    except TimeoutError:
+        return "caught"
+
+
+def hold_stream(gate, n=1):
+    """A generator that waits between its items."""
+    for i in range(n):
+        hold(gate, i)
+        yield i
+
+
+async def wait(value=None):
+    afork.rpc.event("held", os.getpid(), value)
+    await asyncio.Event().wait()
+
+
+async def wait_through():
+    while True:
+        try:
+            await wait()
+        except asyncio.CancelledError:
+            afork.rpc.event("swallowed")
+
+
+class Meeting:
+    """Calls that wait for each other."""
+
+    waiting: list[asyncio.Event]
+
+    def __init__(self):
+        self.waiting = []
+
+
+meeting = Meeting()
+
+
+async def meet(n):
+    """Return once n calls are here at the same time."""
+    here = asyncio.Event()
+    meeting.waiting.append(here)
+    if len(meeting.waiting) == n:
+        for other in meeting.waiting:
+            other.set()
+    await here.wait()
+    return os.getpid()
+
+
+async def add_async(a, b=0):
+    return a + b
+
+
+async def apply(what, *args):
+    """One function for all that an asynchronous pool is asked."""
+    return await globals()[what](*args)
+
+
+# -- init and done
+
+
+def init(*args):
+    state.extend(args)
+
+
+def init_fail(*args):
+    raise LookupError("no init today")
+
+
+def init_note(path, *args):
+    note(path, f"init {os.getpid()}")
+
+
+def init_note_fail(path, *args):
+    note(path, "init")
+    raise LookupError("no init today")
+
+
+def init_hold(gate):
+    fd = os.open(gate, os.O_RDONLY)
+    os.read(fd, 1)
+    os.close(fd)
+
+
+def init_done(path):
+    state.append(path)
+
+
+def done():
+    note(state[0], f"done {os.getpid()}")
+
+
+def grow(n):
+    """Memory that stays."""
+    state.append(bytearray(os.urandom(1024)) * (n // 1024))
+    return os.getpid()
+
+
+# -- ways to die
+
+
+def overflow():
+    """The stack of C code."""
+    signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+    CALLBACK = ctypes.CFUNCTYPE(None)
+    function = CALLBACK(lambda: function())
+    sys.setrecursionlimit(1 << 30)
+    function()
+
+
+def crash(how):
+    if how == "raise":
+        raise ValueError("raised")
+    if how == "sys.exit":
+        sys.exit(3)
+    if how == "os._exit":
+        os._exit(3)
+    if how == "SIGSEGV":
+        ctypes.string_at(0)
+    if how == "SIGKILL":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "overflow":
+        overflow()
+    if how == "memory":
+        import resource
+
+        limit = 64 << 20
+        with open("/proc/self/statm") as file:
+            limit += int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (limit, -1))
+        try:
+            bytearray(1 << 40)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    raise AssertionError(how)
+
+
+class CrashOnLoad:
+    """An argument that cannot be decoded."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def __reduce__(self):
+        return crash, (self.how,)
+
+
+class CrashOnDump:
+    """A result that cannot be encoded."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def __reduce__(self):
+        crash(self.how)
+
+
+def make_result(how):
+    return CrashOnDump(how)
+
+
+def crash_later(how, gate):
+    """Return, then crash in a thread once the gate is opened."""
+
+    def work():
+        fd = os.open(gate, os.O_RDONLY)
+        os.read(fd, 1)
+        os.close(fd)
+        crash(how)
+
+    threading.Thread(target=work, daemon=True).start()
+    return os.getpid()
+
+
+def socket_of_server():
+    """The descriptor that this process answers on."""
+    return afork.rpc._server.link.fileno()
+
+
+def garbage(data):
+    """Write to the socket instead of answering, and stay."""
+    os.write(socket_of_server(), data)
+    signal.pause()
+
+
+def frame(kind, id, payload):
+    """A frame with this payload, whatever it means."""
+    server = afork.rpc._server
+    server.link.send(kind, id or server.call_id(), payload)
+    server.link.flush(True)
+    signal.pause()
+
+
+def fork_and_die():
+    """Die, but leave a process that has our socket open."""
+    child = os.fork()
+    if not child:
+        signal.pause()
+    afork.rpc.event("child", child)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def nested(n):
+    """A pool inside a worker."""
+    async with afork.Pool(max=2) as pool:
+        return [x async for x in pool.map(add, range(n))]
+
+
+def run_nested(n):
+    return asyncio.run(nested(n))
+
+
+def note_and_crash(path, how, *_):
+    note(path, how)
+    crash(how)
+
+
+async def note_and_crash_async(path, how, *_):
+    note(path, how)
+    crash(how)
+
+
+def crash_at_first(path):
+    """Works the second time."""
+    note(path, "x")
+    with open(path) as file:
+        n = len(file.read().split())
+    if n == 1:
+        crash("SIGKILL")
+    return n
+
+
+def init_once(path):
+    """Works the first time."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+
+
+def stay(how):
+    """Refuse to end when asked to."""
+    if how == "term":
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+    if how == "thread":
+        threading.Thread(target=threading.Event().wait).start()
+    if how == "exit":
+        import atexit
+
+        atexit.register(threading.Event().wait)
+    return os.getpid()
