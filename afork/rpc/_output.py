@@ -139,7 +139,6 @@ class OutputPipe:
     # -- reading
 
     def _readable(self) -> None:
-        # Only this object reads, so there is something to be read.
         if data := os.read(self._read_fd, CHUNK):
             self._take(data)
         else:
@@ -392,8 +391,9 @@ class _File:
         os.close(fd)
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
-            os.close(self._fd)
+        fd, self._fd = getattr(self, "_fd", -1), -1  # users' come later in a cycle
+        if fd >= 0:
+            os.close(fd)
 
 
 _files: weakref.WeakValueDictionary[_Key, _File] = weakref.WeakValueDictionary()
