@@ -582,6 +582,34 @@ def test_bad_sinks(arun):
     arun(main)
 
 
+def test_a_closed_standard_stream_is_no_sink(run_script):
+    """Its number is another file's, perhaps a socket to a template."""
+    run_script(
+        """
+import asyncio, os, socket
+from afork.rpc._output import OutputPipe
+
+os.close(2)
+a, b = socket.socketpair()
+assert a.fileno() == 2
+
+async def main():
+    pipe = OutputPipe(asyncio.get_running_loop(), 2)
+    os.write(pipe.write_fd, b"text")
+    assert pipe.tail() == "text"
+    await pipe.wait_closed()
+    pipe.close()
+
+asyncio.run(main())
+b.setblocking(False)
+try:
+    print(b.recv(100))
+except BlockingIOError:
+    os._exit(0)
+"""
+    )
+
+
 def test_what_outlives_its_loop(loop_factory):
     r, w = os.pipe()
     loop = loop_factory()
@@ -594,6 +622,9 @@ def test_what_outlives_its_loop(loop_factory):
     pipes[0].close()
     pipes[2].close()
     pipes[2].close()
+    # Finalisers of a cycle run in any order.
+    pipes[3]._file.__del__()
+    pipes[3].__del__()
     # The leak guard looks at the rest.
     os.close(r)
     os.close(w)

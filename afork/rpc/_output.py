@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeAlias
 
+from .._handles import is_stream
+
 #: Bytes handled in one wake-up of the loop.
 CHUNK = 64 * 1024
 #: Bytes of a line; what is longer comes in pieces.
@@ -45,8 +47,8 @@ class OutputPipe:
                 not shown as U+FFFD, without the newline. A line of more than
                 64 KiB comes in pieces; at the end, what lacks its newline
                 comes as well. Or the number of a descriptor, which is
-                duplicated and gets the bytes as they are. Or None: only
-                `tail` knows them.
+                duplicated and gets the bytes as they are. Or None, or 1 or 2
+                where that stream has been closed: only `tail` knows them.
 
         Raises:
             TypeError: the sink is none of these.
@@ -54,8 +56,7 @@ class OutputPipe:
             ValueError: a negative number.
         """
         #: The worker's end of the pipe, or -1 once it is closed here.
-        self.write_fd = -1
-        self._read_fd = -1
+        self.write_fd = self._read_fd = -1
         self._loop = loop
         self._callback: Callable[[str], object] | None = None
         self._file: _File | None = None
@@ -70,13 +71,14 @@ class OutputPipe:
         if callable(sink):
             self._callback = sink
         elif isinstance(sink, int) and not isinstance(sink, bool):
-            self._file = _File.of(loop, sink)
-            self._file.users += 1
-            self._using = True
+            # Where 1 or 2 was closed, the number may be one of our sockets.
+            if sink not in (1, 2) or is_stream(sink):
+                self._file = _File.of(loop, sink)
+                self._file.users += 1
+                self._using = True
         elif sink is not None:
             raise TypeError(
-                "a function, the number of a descriptor or None is needed, "
-                f"not {type(sink).__name__}"
+                f"a function, descriptor or None is needed, not {type(sink).__name__}"
             )
         try:
             self._read_fd, self.write_fd = os.pipe()
@@ -137,7 +139,6 @@ class OutputPipe:
     # -- reading
 
     def _readable(self) -> None:
-        # Only this object reads, so there is something to be read.
         if data := os.read(self._read_fd, CHUNK):
             self._take(data)
         else:
@@ -390,8 +391,9 @@ class _File:
         os.close(fd)
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
-            os.close(self._fd)
+        fd, self._fd = getattr(self, "_fd", -1), -1  # users' come later in a cycle
+        if fd >= 0:
+            os.close(fd)
 
 
 _files: weakref.WeakValueDictionary[_Key, _File] = weakref.WeakValueDictionary()
