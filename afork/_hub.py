@@ -76,6 +76,11 @@ class Hub:
         """Handle all events that are there; never waits."""
         with self.lock:
             found = self._epoll.poll(0, 256)
+            if len(found) == 1:
+                fd, events = found[0]
+                if fd in self._callbacks:
+                    self._callbacks[fd](events)
+                return
             due = [(fd, self._callbacks.get(fd), events) for fd, events in found]
             for fd, callback, events in due:
                 # An earlier one may have closed it, and its number be another's.

@@ -15,6 +15,7 @@ import signal
 import socket
 import struct
 from collections.abc import Callable
+from typing import TypeAlias
 
 from . import _afork, _ending, _hub
 from ._ending import Mortal
@@ -23,6 +24,7 @@ from ._hub import IN, OUT, hub
 from ._reports import (
     EXITED,
     FAILED,
+    PID_MAX,
     SPAWNED,
     STAGES,
     STARTED,
@@ -31,6 +33,9 @@ from ._reports import (
     error_from,
 )
 from ._state import next_id
+
+#: A letter, a payload, and a descriptor or -1.
+_Report: TypeAlias = tuple[int, bytes, int]
 
 logger = logging.getLogger("afork")
 
@@ -74,7 +79,8 @@ class Process(Mortal):
                 return -1
             try:
                 if channel.flush():
-                    self._flushed()
+                    if self.plain or self.released or self.error is not None:
+                        self._flushed()
                 elif hub().attach_any():
                     self._set_events()
                 else:
@@ -117,7 +123,10 @@ class Process(Mortal):
                 self._on_end()
             self._wake()
             return
-        for letter, payload, fd in channel.receive():
+        reports = channel.receive()
+        if len(reports) == 2 and self._on_entered(*reports):
+            return
+        for letter, payload, fd in reports:
             if self.channel is channel:
                 self._on_report(letter, payload, fd)
             elif fd >= 0:
@@ -125,6 +134,39 @@ class Process(Mortal):
         if self.channel is channel and channel.eof:
             self._on_end()
         self._wake()
+
+    def _on_entered(self, started: _Report, running: _Report) -> bool:
+        """Started and running at once: what nearly all starts consist of.
+
+        False, with nothing done, if there is anything to it beyond that.
+        """
+        letter, payload, pidfd = started
+        if (
+            letter != _afork.REP_STARTED
+            or running[0] != _afork.REP_RUNNING
+            or len(payload) != STARTED.size
+            or self.claimed != "run"
+            or self.pid is not None
+            or self.error is not None
+            or self.signals
+            or self.exited
+        ):
+            return False
+        (pid,) = STARTED.unpack(payload)
+        if not 0 < pid <= PID_MAX:
+            return False
+        if self.dropped:
+            os.close(pidfd)  # nobody can ask for a signal any more
+        else:
+            try:
+                check_pidfd(pidfd)
+            except ValueError:
+                return False
+            self.pidfd = pidfd
+        self.pid = pid
+        self._take_socket()
+        self._wake()
+        return True
 
     def _on_report(self, letter: int, payload: bytes, fd: int) -> None:
         try:
@@ -172,7 +214,7 @@ class Process(Mortal):
         self._on_end()
 
     def _on_started(self, pid: int, fd: int) -> None:
-        if not 0 < pid <= 1 << 22:  # PID_MAX_LIMIT
+        if not 0 < pid <= PID_MAX:
             raise ValueError(f"{pid} is no process id")
         if fd >= 0:
             check_pidfd(fd)
@@ -192,6 +234,12 @@ class Process(Mortal):
         self._drop_pidfd()
 
     def _on_running(self) -> None:
+        self._take_socket()
+        self._deliver_queued()
+        self._drop_pidfd()
+
+    def _take_socket(self) -> None:
+        """The function is entered: the socket is the user's."""
         assert self.channel is not None
         self.running = True
         fd = self.channel.fileno()
@@ -207,8 +255,6 @@ class Process(Mortal):
                 callback, self.callback = self.callback, None
                 sock, self.sock = self.sock, None
                 call_user(callback, sock)
-        self._deliver_queued()
-        self._drop_pidfd()
         if self.parent is not None and self.parent.gone and not self.exited:
             self._learn_end()
 

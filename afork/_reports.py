@@ -17,6 +17,8 @@ STARTED = struct.Struct("=I")
 SPAWNED = struct.Struct("=QI")
 FAILED = struct.Struct("=QiB")
 TOKEN = struct.Struct("=Q")
+#: PID_MAX_LIMIT of the kernel.
+PID_MAX = 1 << 22
 #: enum afork_stage, by number.
 STAGES = ("", "fork", "setup", "cwd", "exec")
 

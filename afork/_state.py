@@ -106,6 +106,8 @@ class State:
         # Another thread's loop may read the report between any two steps.
         lock = hub().lock
         with lock:
+            if happened():
+                return
             self._listen(1)
         try:
             while True:
@@ -116,10 +118,11 @@ class State:
                     self._waiters.append(future)
                 try:
                     await future
-                finally:
+                except BaseException:
                     with lock:
                         if future in self._waiters:
                             self._waiters.remove(future)
+                    raise
         finally:
             with lock:
                 self._listen(-1)

@@ -63,6 +63,22 @@ def limits_command(
     return command
 
 
+def _same_image(inflight: int) -> Callable[[Job], list[str]]:
+    def command(job: Job) -> list[str]:
+        if job.limits is None:
+            raise Unavailable("no C compiler")
+        return [
+            sys.executable,
+            str(HERE / "same_image.py"),
+            str(job.limits),
+            str(inflight),
+            str(job.seconds),
+            str(job.count),
+        ]
+
+    return command
+
+
 def _lean(inflight: int) -> Callable[[Job], list[str]]:
     script = str(HERE / "lean_fork.py")
     return lambda job: [
@@ -126,6 +142,7 @@ def _workers() -> list[Contender]:
             lambda k: limits_command("fork", k, 5),
             0,
         ),
+        ("c-image", "C: the same, in our template's image", _same_image, 0),
         ("os-fork", "os.fork, python -I -S", _lean, 0),
         ("perl-new", "Perl AnyEvent::Fork->new", lambda k: _perl("new", k), 0),
         (

@@ -8,8 +8,9 @@
  *                   64 bytes to another process and back, over a socketpair
  *
  * Options, behind the first word: --mb N (touched private memory, in 4 KiB
- * pages), --inflight K, --seconds S, --count N (instead of S). Prints one line
- * of JSON in the form of every other contender.
+ * pages), --like FILE (the mappings and touched pages of the process whose
+ * smaps that is), --inflight K, --seconds S, --count N (instead of S). Prints
+ * one line of JSON in the form of every other contender.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -33,6 +34,7 @@ extern char **environ;
 
 struct options {
     size_t mb;
+    const char *like; /* borrowed from argv */
     size_t inflight;
     double seconds;
     long count;
@@ -127,6 +129,79 @@ touch(size_t mb)
         MADV_NOHUGEPAGE); /* fails only where there are no huge pages */
     for (size_t at = 0; at < size; at += LIMITS_PAGE)
         memory[at] = 1;
+}
+
+/* One mapping of another process's smaps. */
+struct mapping {
+    unsigned long from, to, offset;
+    char perms[8], path[512];
+    unsigned long resident, anonymous; /* kB */
+};
+
+/* The same here: same address where that is free, same file, same pages. */
+static void
+map_like(const struct mapping *m)
+{
+    const size_t size = m->to - m->from;
+    const int prot = (m->perms[0] == 'r' ? PROT_READ : 0) |
+                     (m->perms[1] == 'w' ? PROT_WRITE : 0) |
+                     (m->perms[2] == 'x' ? PROT_EXEC : 0);
+    const int shared = m->perms[3] == 's';
+    int fd = m->path[0] == '/' ? open(m->path, O_RDONLY | O_CLOEXEC) : -1;
+    int flags = (shared ? MAP_SHARED : MAP_PRIVATE) |
+                (fd < 0 ? MAP_ANONYMOUS : 0) | MAP_FIXED_NOREPLACE;
+    /* What it has written it could write at some time. */
+    int first = m->anonymous ? PROT_READ | PROT_WRITE : prot;
+    volatile char *memory;
+    size_t at = 0;
+
+    memory = mmap((void *)m->from, size, first, flags, fd, (off_t)m->offset);
+    if (memory == MAP_FAILED)
+        memory = mmap(NULL, size, first, flags & ~MAP_FIXED_NOREPLACE, fd,
+                      (off_t)m->offset);
+    if (memory == MAP_FAILED)
+        die(m->path);
+    for (; at < m->anonymous << 10; at += LIMITS_PAGE)
+        memory[at] = 1;
+    for (; first & PROT_READ && at < m->resident << 10; at += LIMITS_PAGE)
+        (void)memory[at];
+    if (first != prot && mprotect((void *)memory, size, prot) < 0)
+        die("mprotect");
+    if (fd >= 0)
+        close(fd);
+}
+
+static int
+is_special(const struct mapping *m)
+{
+    return strncmp(m->path, "[v", 2) == 0; /* vdso, vvar: we have our own */
+}
+
+static void
+become_like(const char *file)
+{
+    struct mapping m = {0};
+    char line[1024];
+    FILE *f = fopen(file, "re");
+
+    if (!f)
+        die(file);
+    while (fgets(line, sizeof line, f)) {
+        struct mapping next = {0};
+
+        if (sscanf(line, "%lx-%lx %7s %lx %*s %*s %511s", &next.from, &next.to,
+                   next.perms, &next.offset, next.path) >= 4) {
+            if (m.to && !is_special(&m))
+                map_like(&m);
+            m = next;
+        } else if (sscanf(line, "Rss: %lu", &m.resident) == 1 ||
+                   sscanf(line, "Anonymous: %lu", &m.anonymous) == 1) {
+            continue;
+        }
+    }
+    if (m.to && !is_special(&m))
+        map_like(&m);
+    fclose(f);
 }
 
 static int
@@ -308,6 +383,8 @@ parse(struct options *options, int argc, char **argv)
         }
         if (strcmp(argv[i], "--mb") == 0)
             options->mb = strtoul(argv[++i], NULL, 10);
+        else if (strcmp(argv[i], "--like") == 0)
+            options->like = argv[++i];
         else if (strcmp(argv[i], "--inflight") == 0)
             options->inflight = strtoul(argv[++i], NULL, 10);
         else if (strcmp(argv[i], "--seconds") == 0)
@@ -333,6 +410,8 @@ main(int argc, char **argv)
 
     parse(&options, argc, argv);
     touch(options.mb);
+    if (options.like)
+        become_like(options.like);
     if (argc > 1 && strcmp(argv[1], "fork") == 0) {
         fork_loop(&options, &meter);
     } else if (argc > 1 && strcmp(argv[1], "spawn") == 0 && options.program &&

@@ -152,6 +152,8 @@ RATIOS: tuple[tuple[str, float | None, str, str], ...] = (
     ("(forkserver with main file)", 8.0, "afork-new/1", "forkserver-script/1"),
     ("Fork.new / Perl new, 16 in flight", 1.5, "afork-new/16", "perl-new/16"),
     ("(each worker imports a module)", 1.5, "afork-import/16", "perl-new/16"),
+    ("Fork.new / C loop, same image, one", 0.7, "afork-new/1", "c-image/1"),
+    ("Fork.new / C loop, same image, 16", 0.8, "afork-new/16", "c-image/16"),
     ("Fork.new, application 1 GB / 20 MB", 0.9, "afork-new@1g/1", "afork-new/1"),
     ("program / asyncio, 20 MB", 1.0, "afork-program@20m", "asyncio@20m"),
     ("program / asyncio, 1 GB", 1.0, "afork-program@1g", "asyncio@1g"),

@@ -5,6 +5,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "args.h"
 #include "wire.h"
 
 struct binding_state {
@@ -47,10 +48,10 @@ PyObject *binding_find_loaded(const char *name, size_t len);
 /* Makes the blank socket object the one of fd (consumed); -1 and an exception.
  */
 int binding_fill_socket_take(PyObject *blank, int fd);
-/* Calls the function with the socket and the other arguments; -1 with the
- * exception that it has raised. */
-int binding_enter(PyObject *handler, PyObject *func, PyObject *const *args,
-                  size_t n);
+/* Calls the function with the socket and the pending arguments, whose
+ * descriptors are consumed; -1 with the exception that it has raised. */
+int binding_enter(PyObject *handler, PyObject *func, PyObject *sock,
+                  struct afork_args *args);
 PyObject *binding_change_type(PyObject *module, PyObject *args);
 /* Whether nothing but a flush is left to do at the end of the process. */
 int binding_ends_plainly(PyObject *count_exit_handlers, PyObject *threading);

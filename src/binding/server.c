@@ -264,72 +264,17 @@ static const struct afork_ops ops = {
     .environ = op_environ,
 };
 
-/* A new Python object for a pending argument; its descriptor is consumed. */
-static PyObject *
-arg_object(struct py_server *p, struct afork_arg *arg)
-{
-    const char *data = (const char *)arg->data;
-    int fd = arg->fd;
-
-    switch (arg->kind) {
-    case AFORK_ARG_BYTES:
-        return PyBytes_FromStringAndSize(data, (Py_ssize_t)arg->len);
-    case AFORK_ARG_TEXT:
-        return PyUnicode_DecodeUTF8(data, (Py_ssize_t)arg->len,
-                                    "surrogatepass");
-    case AFORK_ARG_HANDLE:
-        arg->fd = AFORK_NOFD;
-        return PyObject_CallMethod(p->handler, "handle", "i", fd);
-    case AFORK_ARG_LOST:
-        break;
-    }
-    PyErr_SetString(PyExc_SystemError, "a lost descriptor reached run");
-    return NULL;
-}
-
-/* Fills in the objects of all arguments behind the socket; -1 with an
- * exception. */
-static int
-get_args(struct py_server *p, PyObject **items)
-{
-    struct afork_args *args = &p->server.args;
-
-    for (size_t i = 0; i < args->n; i++) {
-        items[i] = arg_object(p, &args->list[i]);
-        if (!items[i])
-            return -1;
-    }
-    return 0;
-}
-
 /* Runs the function; what it raises stays set. */
 static void
 enter(struct py_server *p)
 {
-    size_t n = p->server.args.n + 1;
-    PyObject *few[8] = {NULL}, **stack = few;
     int fd = p->server.sock;
 
-    /* The heap is touched only if there are many. */
-    if (n > sizeof few / sizeof *few)
-        stack = PyMem_Calloc(n, sizeof *stack);
-    if (!stack) {
-        PyErr_NoMemory();
-        return;
-    }
-    if (get_args(p, stack + 1) == 0) {
-        p->server.sock = AFORK_NOFD;
-        if (p->dirty)
-            answers_true(p->handler, "adapt", p->sock);
-        if (binding_fill_socket_take(p->sock, fd) == 0) {
-            stack[0] = p->sock;
-            binding_enter(p->handler, p->func, stack, n);
-        }
-    }
-    for (size_t i = 1; i < n; i++)
-        Py_XDECREF(stack[i]);
-    if (stack != few)
-        PyMem_Free(stack);
+    p->server.sock = AFORK_NOFD;
+    if (p->dirty)
+        answers_true(p->handler, "adapt", p->sock);
+    if (binding_fill_socket_take(p->sock, fd) == 0)
+        binding_enter(p->handler, p->func, p->sock, &p->server.args);
 }
 
 /* Lets go of the socket, unless the function has kept it. */

@@ -143,15 +143,66 @@ binding_fill_socket_take(PyObject *blank, int fd)
     return r;
 }
 
-int
-binding_enter(PyObject *handler, PyObject *func, PyObject *const *args,
-              size_t n)
+/* A new Python object for a pending argument; its descriptor is consumed. */
+static PyObject *
+arg_object(PyObject *handler, struct afork_arg *arg)
 {
-    PyObject *result = PyObject_Vectorcall(func, args, n, NULL);
+    const char *data = (const char *)arg->data;
+    int fd = arg->fd;
+
+    switch (arg->kind) {
+    case AFORK_ARG_BYTES:
+        return PyBytes_FromStringAndSize(data, (Py_ssize_t)arg->len);
+    case AFORK_ARG_TEXT:
+        return PyUnicode_DecodeUTF8(data, (Py_ssize_t)arg->len,
+                                    "surrogatepass");
+    case AFORK_ARG_HANDLE:
+        arg->fd = AFORK_NOFD;
+        return PyObject_CallMethod(handler, "handle", "i", fd);
+    case AFORK_ARG_LOST:
+        break;
+    }
+    PyErr_SetString(PyExc_SystemError, "a lost descriptor reached run");
+    return NULL;
+}
+
+static PyObject *
+call(PyObject *handler, PyObject *func, PyObject *const *stack, size_t n)
+{
+    PyObject *result = PyObject_Vectorcall(func, stack, n, NULL);
 
     if (result && Py_TYPE(result)->tp_as_async &&
         Py_TYPE(result)->tp_as_async->am_await)
         Py_SETREF(result, PyObject_CallMethod(handler, "finish", "O", result));
+    return result;
+}
+
+int
+binding_enter(PyObject *handler, PyObject *func, PyObject *sock,
+              struct afork_args *args)
+{
+    PyObject *few[8] = {NULL}, **stack = few, *result = NULL;
+    size_t n = args->n + 1, have;
+
+    /* The heap is touched only if there are many. */
+    if (n > sizeof few / sizeof *few)
+        stack = PyMem_Calloc(n, sizeof *stack);
+    if (!stack) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    stack[0] = sock;
+    for (have = 1; have < n; have++) {
+        stack[have] = arg_object(handler, &args->list[have - 1]);
+        if (!stack[have])
+            break;
+    }
+    if (have == n)
+        result = call(handler, func, stack, n);
+    while (--have > 0)
+        Py_DECREF(stack[have]);
+    if (stack != few)
+        PyMem_Free(stack);
     Py_XDECREF(result);
     return result ? 0 : -1;
 }
