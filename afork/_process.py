@@ -378,7 +378,11 @@ class Process(Mortal):
         """
         self.was_logged = True
         error, parent = self.error, self.parent
-        if error is None or parent is None or parent.error is None:
+        if error is None or parent is None:
+            return
+        if parent.error is None:
+            if parent.gone and isinstance(error, TemplateError):
+                parent.told()  # its own is yet to come, and says the same
             return
         if parent.error is error.__cause__ or (
             type(parent.error) is type(error) and parent.error.args == error.args
