@@ -148,22 +148,16 @@ def versions(package: str) -> dict[str, str]:
 @asynccontextmanager
 async def rpc() -> AsyncIterator[Call]:
     afork = load("afork")
-    async with afork.Fork.new().rpc("afork_bench_target.echo") as rpc:
+    template = afork.Fork.new().require(target.__name__)
+    async with template.fork().rpc("afork_bench_target.echo") as rpc:
         yield lambda fn, *args: rpc(*args)
-
-
-@asynccontextmanager
-async def rpc_apply() -> AsyncIterator[Call]:
-    """Calls whatever it is sent, as a pool does."""
-    afork = load("afork")
-    async with afork.Fork.new().rpc("afork.rpc._serve.apply") as rpc:
-        yield rpc
 
 
 def pool(load_: int = 1) -> Callable[[], AbstractAsyncContextManager[Call]]:
     @asynccontextmanager
     async def made() -> AsyncIterator[Call]:
         async with load("afork").Pool(max=1, load=load_) as pool:
+            pool.template.require(target.__name__)
             yield pool.call
 
     return made

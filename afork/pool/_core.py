@@ -129,7 +129,15 @@ class Core:
     # -- the template
 
     def _prepare(self, template: Fork) -> None:
-        template.require(self.setup.entry.partition(":")[0])
+        # All that each process would import: it is part of how long a lost one
+        # takes to be replaced.
+        modules = [self.setup.entry.partition(":")[0]]
+        s = self.settings
+        if s.stdout is not None or s.stderr is not None:
+            modules.append("afork.rpc._redirect")
+        if s.logging:
+            modules.append("afork.rpc._logs")
+        template.require(*modules)
         if self.setup.needs_main:
             self._tell_main(template)
 

@@ -46,6 +46,8 @@ class SyncServer(_serve.Server):
         #: Items that the stream which is running may send.
         self.credit = 0
         self.cancelled = False
+        #: Arguments to be freed once the call has been answered.
+        self.large: object = None
 
     def main(self) -> None:
         """Serve until the application has no more calls."""
@@ -87,6 +89,7 @@ class SyncServer(_serve.Server):
             # What is left are credits of streams that have ended.
             self.current = 0
             flush(True)
+            self.large = None
 
     def take(self, wait: bool) -> None:
         """Take in the frames that have arrived."""
@@ -116,6 +119,10 @@ class SyncServer(_serve.Server):
 
     def invoke(self, kind: int, id: int, payload: bytes, fds: tuple[int, ...]) -> Any:
         args, kwargs = self.decode(kind, payload, fds)
+        if fds:
+            # Giving back what they have mapped takes as long as filling a third
+            # of it: not while somebody waits.
+            self.large = args, kwargs
         if self.options:
             options = self.options.pop(id, None)
             if options:
