@@ -165,11 +165,7 @@ class Worker(Connection):
             super().answer(call, value, error)
 
     def _is_to_retry(self, call: PoolCall, error: BaseException) -> bool:
-        return (
-            call.retries > 0
-            and not call.done()
-            and isinstance(error, call.retry_on)
-        )
+        return call.retries > 0 and not call.done() and isinstance(error, call.retry_on)
 
     def _stop_timer(self, call: PoolCall) -> None:
         if call.timer is not None:

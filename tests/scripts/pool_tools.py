@@ -113,7 +113,7 @@ def check(pool: Any) -> None:
     assert stats.waiting == sum(not x[2].done() for x in core._heap), stats
     assert len(core.workers) <= core.settings.max
     assert stats.starting == sum(not w.ready for w in core.workers)
-    assert 0 <= stats.idle
+    assert stats.idle >= 0
     for load, room in enumerate(core._rooms):
         assert all(len(w.calls) == load and w in core.workers for w in room)
     # Nothing waits while there is room, once the loop has gone round.
