@@ -20,6 +20,9 @@ import pytest
 
 import afork._default
 
+from .scripts.pool_tools import gate as gate
+from .scripts.pool_tools import jobs as jobs
+
 #: Seconds after which a test counts as hanging. Nothing is measured by it.
 HANG = 10.0
 

@@ -430,9 +430,10 @@ class Pool(Calls):
                 they take. Then they are cancelled, and the processes killed.
                 Cancelling this has the same effect at once.
         """
+        core = self._start() if self._core is not None else None
         self._closed = True
-        if self._core is not None:
-            await self._start().close(timeout)
+        if core is not None:
+            await core.close(timeout)
 
     async def __aenter__(self) -> Self:
         self._start()

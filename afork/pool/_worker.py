@@ -152,6 +152,8 @@ class Worker(Connection):
         self._stop_timer(call)
         if call.overdue is not None and error is not None:
             error, call.overdue = call.overdue, None
+        elif call.limit and isinstance(error, TimeoutError) and not call.done():
+            self.core.count.timeouts += 1
         if error is not None and self._is_to_retry(call, error):
             call.retries -= 1
             call.output = None

@@ -218,7 +218,8 @@ class Connection:
             sock = await run
         except Exception as exc:
             self.before_end()
-            await self.end(exc)
+            # The frames in it would keep us as long as somebody keeps it.
+            await self.end(exc.with_traceback(None))
             return
         if self.ended.done():  # killed meanwhile
             sock.close()

@@ -108,6 +108,11 @@ def hold(gate, value=None):
     return value
 
 
+def note_and_hold(path, gate):
+    note(path, "begun")
+    return hold(gate)
+
+
 def hold_through(gate):
     """The same, but an exception does not end it."""
     while True:
