@@ -12,7 +12,7 @@ import errno
 import os
 import sys
 
-from . import _afork, _worker_socket
+from . import _afork, _memory, _worker_socket
 from ._version import __version__
 
 TYPE_CHECKING = False
@@ -253,6 +253,8 @@ class Handler:
         elif key == "title":
             _afork.set_title(value)
             _afork.keep_title()
+        elif key == "freeze":
+            _memory.freeze_all()
         elif key == "detach":
             _afork.detach(value == b"1")
         elif key == "hello":
@@ -410,6 +412,7 @@ def serve(fd: int, plain: bool, failure: Failure | None = None) -> NoReturn:
     global serving
     serving = True
     status = 0
+    _memory.setup()
     handler = Handler(plain)  # to the end: a worker need not close its socket
     try:
         _afork.serve(fd, plain, handler, failure)
@@ -423,7 +426,8 @@ def main() -> NoReturn:
     directory, version, fd = sys.argv[1], sys.argv[2], int(sys.argv[3])
     sys.path.remove(directory)
     sys.argv[1:] = []
-    os.environ.pop("LD_BIND_NOW", None)  # it was for this interpreter only
+    for name in ("LD_BIND_NOW", "GLIBC_TUNABLES"):  # for this interpreter only
+        os.environ.pop(name, None)
     names = _main().__dict__
     for name in [n for n in names if not n.startswith("__")]:
         del names[name]

@@ -298,6 +298,23 @@ class Fork:
             process.flush()
         return self
 
+    def freeze(self) -> Self:
+        """Share all objects of a template with its workers, for good.
+
+        To be called before its first fork. What is in it then becomes immortal
+        (CPython 3.12): workers read it without copying it, and it is never
+        finalised or freed. See "Sharing objects" in the manual.
+
+        Raises, where the process is awaited:
+            RemoteError: the process has forked already.
+        """
+        process, channel = self._channel("freeze")
+        if process.plain:
+            raise AforkError("freeze needs a process in afork mode, this one is plain")
+        channel.strings(_afork.CMD_SET, [b"freeze", b""])
+        process.flush()
+        return self
+
     async def ready(self) -> Self:
         """Wait until everything queued so far has run.
 

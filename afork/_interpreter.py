@@ -15,7 +15,7 @@ import sys
 
 import afork
 
-from . import _afork
+from . import _afork, _memory
 from ._handles import is_stream
 from ._process import Process
 from ._version import __version__
@@ -159,14 +159,18 @@ def spawn_template(python: str | None = None) -> Process:
     # What ld.so binds lazily it would bind again in every forked process, at
     # the price of a dozen page faults; _child.main takes it out again.
     env = {**os.environb, b"LD_BIND_NOW": b"1"}
+    if _memory.needs_tunable():
+        theirs = os.environb.get(b"GLIBC_TUNABLES")
+        env[b"GLIBC_TUNABLES"] = _memory.tunables(theirs)
     process = spawn([*command, directory, __version__], env)
     assert process.channel is not None
     settings = [
         b"prefix",
         _pack(sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix),
     ]
-    if b"LD_BIND_NOW" in os.environb:
-        settings += [b"env", b"LD_BIND_NOW=" + os.environb[b"LD_BIND_NOW"]]
+    for name in (b"LD_BIND_NOW", b"GLIBC_TUNABLES"):
+        if name in os.environb:
+            settings += [b"env", name + b"=" + os.environb[name]]
     if needs_site():
         settings += [b"site", b""]
     process.channel.strings(_afork.CMD_SET, settings)

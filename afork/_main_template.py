@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 
-from . import _afork, _child
+from . import _afork, _child, _memory
 
 TYPE_CHECKING = False  # see __init__.py
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def _fork_here(what: str) -> Process | None:
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     _child.flush()
+    # Here, where nobody shares it yet: in the template it would be copied.
+    _memory.collapse()
     try:
         pid = _afork.fork()
     except OSError:

@@ -184,6 +184,7 @@ GOLDEN = {
     "atexit",
     "errno",
     "genericpath",
+    "gc",
     "os",
     "os.path",
     "posixpath",
@@ -247,6 +248,7 @@ asyncio.run(main())
         "afork._afork",
         "afork._child",
         "afork._handles",
+        "afork._memory",
         "afork._version",
         "afork._worker_socket",
     }

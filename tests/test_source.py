@@ -68,8 +68,9 @@ def test_control_sockets_are_read_and_written_in_one_place():
         assert in_files(calls(name, CORE + BINDING)) == ["fdpass.c"], name
     for name in ("recv", "recvfrom", "recvmmsg", "readv", "send", "sendto", "writev"):
         assert calls(name, CORE) == [], name
-    # A status pipe and a file of /proc are no sockets.
-    assert set(in_files(calls("read", CORE))) == {"spawn.c", "proctitle.c"}
+    # A status pipe and files of /proc and /sys are no sockets.
+    files = {"spawn.c", "proctitle.c", "hugepage.c"}
+    assert set(in_files(calls("read", CORE))) == files
     assert in_files(calls("write", CORE)) == ["spawn.c"]
     for path in CORE:
         assert not re.search(r"\bMSG_(PEEK|WAITALL)\b", code(path)), path

@@ -40,6 +40,9 @@ PyObject *binding_detach(PyObject *module, PyObject *flag);
 PyObject *binding_keep_title(PyObject *module, PyObject *unused);
 PyObject *binding_report_again(PyObject *module, PyObject *unused);
 PyObject *binding_make_plain(PyObject *module, PyObject *unused);
+/* The socket object that workers fill in, borrowed; or NULL.  It has to end
+ * with its last reference. */
+PyObject *binding_worker_socket(void);
 
 /* worker.c */
 /* The function behind a name whose module is loaded; NULL without an
@@ -77,6 +80,32 @@ void binding_stdio_flush(const struct binding_stdio *s, PyObject *flush);
 /* mapping.c */
 extern PyType_Spec binding_mapping_spec;
 PyObject *binding_map_private(PyObject *module, PyObject *args);
+
+/* arena.c: where a template's objects live */
+void binding_arena_install(void);
+void binding_arena_forked(void);
+size_t binding_arena_count(size_t *ret_bytes);
+
+/* freeze.c */
+/* Why no object can be made immortal here, or NULL. */
+const char *binding_immortal_refused(void);
+/* Makes all objects immortal but one; how many, or -1 with an exception. */
+Py_ssize_t binding_immortalise(PyObject *roots, PyObject *except);
+
+/* memory.c: a template's memory around its forks */
+/* Python is about to run. */
+void binding_memory_command(void);
+/* Everything but what the caller writes between forks, at n addresses, is made
+ * ready to be shared; alone: no child lives. */
+void binding_memory_before_fork(const void *const *keep, size_t n, int alone);
+void binding_memory_after_fork(void);
+void binding_memory_forked(void); /* in the child */
+void binding_memory_collapse(const void *const *keep, size_t n);
+PyObject *binding_memory_huge_pages(PyObject *module, PyObject *unused);
+PyObject *binding_memory_collapse_now(PyObject *module, PyObject *unused);
+PyObject *binding_memory_setup(PyObject *module, PyObject *args);
+PyObject *binding_memory_immortalise(PyObject *module, PyObject *args);
+PyObject *binding_memory_stats(PyObject *module, PyObject *unused);
 
 /* process.c */
 PyObject *binding_spawn(PyObject *module, PyObject *args, PyObject *kwargs);

@@ -102,6 +102,7 @@ op_command(void *self, uint8_t letter, const uint8_t *payload, size_t len,
 
     PyEval_RestoreThread(p->thread);
     p->dirty = 1;
+    binding_memory_command();
     r = take_answer(PyObject_CallMethod(p->handler, "command", "iy#", letter,
                                         len ? (const char *)payload : "",
                                         (Py_ssize_t)len),
@@ -237,6 +238,17 @@ before_fork(struct py_server *p)
     p->dirty = 0;
 }
 
+/* What the loop writes to between forks stays out of the shared pages. */
+static void
+prepare_memory(struct py_server *p)
+{
+    const void *keep[] = {p, p->server.in.payload, p->server.out.buf,
+                          p->server.children.list};
+
+    binding_memory_before_fork(keep, sizeof keep / sizeof *keep,
+                               p->server.children.n == 0);
+}
+
 static pid_t
 op_fork(void *self)
 {
@@ -244,10 +256,15 @@ op_fork(void *self)
     pid_t pid;
 
     PyEval_RestoreThread(p->thread);
+    prepare_memory(p);
     /* Between two forks of an idle template no Python runs. */
     if (p->dirty)
         before_fork(p);
     pid = fork_python(&p->server);
+    if (pid == 0)
+        binding_memory_forked();
+    else if (pid > 0)
+        binding_memory_after_fork();
     if (pid == 0 && p->clear_atexit) {
         answers_true(p->handler, "clear_atexit", Py_None);
         p->clear_atexit = 0;
@@ -399,6 +416,12 @@ binding_fork(PyObject *module, PyObject *unused)
     (void)unused;
     pid = fork_python(NULL);
     return pid < 0 ? binding_oserror((int)pid) : PyLong_FromLong(pid);
+}
+
+PyObject *
+binding_worker_socket(void)
+{
+    return current ? current->sock : NULL;
 }
 
 static int

@@ -1,0 +1,210 @@
+/*
+ * The memory of a template, made ready before it is copied by a fork: frozen,
+ * so that the workers' collectors leave it alone, and in huge pages if it is
+ * large.  What was done, and why not, is in the dictionary of memory_stats.
+ */
+#define _GNU_SOURCE
+#include "binding.h"
+
+#include <errno.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
+#include "hugepage.h"
+
+/* Below it there is nothing to gain: measured, see docs/design.rst. */
+#define LARGE ((int64_t)30 << 20)
+
+static struct {
+    int no_collapse, no_gc_freeze, no_immortal; /* switched off */
+    int gc_frozen; /* the collector's objects have been frozen once */
+    int changed;   /* Python has run since the last fork */
+    int uncollapsed;
+    int forked;           /* this process has forked */
+    int frozen;           /* freeze() was asked for */
+    Py_ssize_t immortal;  /* objects that it has made so */
+    const char *collapse; /* what became of it */
+    struct afork_collapse collapsed;
+} m = {.changed = 1, .uncollapsed = 1, .collapse = "not yet"};
+
+void
+binding_memory_command(void)
+{
+    m.changed = m.uncollapsed = 1;
+}
+
+void
+binding_memory_forked(void)
+{
+    binding_arena_forked();
+    m.forked = 0;
+}
+
+static int
+call(const char *module, const char *function)
+{
+    PyObject *imported = PyImport_ImportModule(module), *result = NULL;
+
+    if (imported)
+        result = PyObject_CallMethod(imported, function, NULL);
+    Py_XDECREF(imported);
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
+static const char *
+huge_word(enum afork_huge huge)
+{
+    static const char *const words[] = {
+        [AFORK_HUGE_OK] = "ok",
+        [AFORK_HUGE_NEVER] = "no huge pages",
+        [AFORK_HUGE_NO_COLLAPSE] = "old kernel",
+    };
+
+    return words[huge];
+}
+
+/* What the system has of huge pages: "ok" or what is missing. */
+PyObject *
+binding_memory_huge_pages(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    return PyUnicode_FromString(huge_word(afork_huge_probe()));
+}
+
+/* Returns the state for the statistics; never fails. */
+static const char *
+collapse(const void *const *keep, size_t n)
+{
+    enum afork_huge huge;
+    int64_t size;
+    int r;
+
+    if (m.no_collapse)
+        return "switched off";
+    size = afork_huge_private();
+    if (size < LARGE)
+        return size < 0 ? "no procfs" : "small";
+    huge = afork_huge_probe();
+    if (huge != AFORK_HUGE_OK)
+        return huge_word(huge);
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+    r = afork_huge_collapse(keep, n, &m.collapsed);
+    if (r < 0)
+        return "no procfs";
+    return m.collapsed.bytes ? "used" : "refused";
+}
+
+void
+binding_memory_collapse(const void *const *keep, size_t n)
+{
+    m.collapse = collapse(keep, n);
+    m.uncollapsed = 0;
+}
+
+void
+binding_memory_before_fork(const void *const *keep, size_t n, int alone)
+{
+    int failed = 0;
+
+    if (m.changed && m.frozen && !m.forked) {
+        failed = call("afork._memory", "freeze_all");
+    } else if (m.changed && !m.no_gc_freeze) {
+        /* From the second time on there is only what is new to look at, and
+         * what is garbage by now would be kept for ever. */
+        if (m.gc_frozen)
+            PyGC_Collect();
+        failed = call("gc", "freeze");
+        m.gc_frozen = 1;
+    }
+    if (failed < 0)
+        PyErr_WriteUnraisable(NULL);
+    m.changed = 0;
+    /* While a child lives it would be copied instead of moved. */
+    if (m.uncollapsed && alone)
+        binding_memory_collapse(keep, n);
+}
+
+void
+binding_memory_after_fork(void)
+{
+    m.forked = 1;
+}
+
+/* In a main program that is about to fork a template of itself. */
+PyObject *
+binding_memory_collapse_now(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    binding_memory_collapse(NULL, 0);
+    Py_RETURN_NONE;
+}
+
+PyObject *
+binding_memory_setup(PyObject *module, PyObject *args)
+{
+    int no_arena;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "pppp:memory_setup", &no_arena, &m.no_collapse,
+                          &m.no_gc_freeze, &m.no_immortal))
+        return NULL;
+    if (!no_arena && afork_huge_probe() != AFORK_HUGE_NEVER)
+        binding_arena_install();
+    Py_RETURN_NONE;
+}
+
+/* immortalise(roots): the objects of this process; how many are new. */
+PyObject *
+binding_memory_immortalise(PyObject *module, PyObject *args)
+{
+    PyObject *roots;
+    Py_ssize_t n = 0;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O!:immortalise", &PyList_Type, &roots))
+        return NULL;
+    if (m.forked) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "freeze() must come before the first fork");
+        return NULL;
+    }
+    if (!m.no_immortal) {
+        n = binding_immortalise(roots, binding_worker_socket());
+        if (n < 0)
+            return NULL;
+    }
+    m.immortal += n;
+    m.frozen = m.gc_frozen = 1;
+    m.changed = 0;
+    return PyLong_FromSsize_t(n);
+}
+
+PyObject *
+binding_memory_stats(PyObject *module, PyObject *unused)
+{
+    size_t bytes, arenas = binding_arena_count(&bytes);
+    const char *refused = binding_immortal_refused();
+
+    (void)module;
+    (void)unused;
+    if (!m.frozen)
+        refused = "not asked for";
+    else if (m.no_immortal)
+        refused = "switched off";
+    return Py_BuildValue(
+        "{snsnsLsLsssKsKsisOsnss}", "arenas", (Py_ssize_t)arenas,
+        "arena_bytes", (Py_ssize_t)bytes, "private_bytes",
+        (long long)afork_huge_private(), "huge_bytes",
+        (long long)afork_huge_bytes(), "collapse", m.collapse,
+        "collapsed_bytes", (unsigned long long)m.collapsed.bytes,
+        "refused_bytes", (unsigned long long)m.collapsed.refused,
+        "collapse_errno", m.collapsed.error, "frozen",
+        m.frozen ? Py_True : Py_False, "immortal_objects", m.immortal,
+        "immortal", refused ? refused : "used");
+}
