@@ -144,7 +144,12 @@ class Fork:
         return self._wrap(fork_process(self._open("fork")))
 
     def fork_many(self, n: int) -> list[Self]:
-        """n new processes for one request; see `fork`."""
+        """n new processes for one request; see `fork`.
+
+        Their sockets are made by this process and arrive one by one; what is
+        configured meanwhile is queued. Without a running loop, configuring one
+        waits for its socket.
+        """
         process = self._open("fork_many")
         if n < 0:
             raise ValueError(f"n must not be negative: {n}")
@@ -510,9 +515,7 @@ class Fork:
             if process.channel is not None:
                 process.channel.strings(_afork.CMD_SET, [b"plain", b""])
                 process.flush()
-        await process.until(
-            lambda: process.channel is None or not process.channel.queued
-        )
+        await process.until(process.is_settled)
         process.raise_error()
         channel = process.channel
         if channel is None:

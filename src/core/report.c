@@ -9,6 +9,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "fd.h"
+
 #ifndef SYS_pidfd_open
 #define SYS_pidfd_open 434
 #endif
@@ -113,6 +115,18 @@ afork_report_failed(struct afork_server *s, uint64_t id, int error,
     memcpy(payload + 8, &code, 4);
     payload[12] = (uint8_t)stage;
     afork_outq_frame(&s->out, AFORK_REP_FAILED, payload, sizeof payload);
+}
+
+void
+afork_report_socket_take(struct afork_server *s, uint64_t id, int sock)
+{
+    if (silent(s)) {
+        afork_fd_close(&sock);
+        return;
+    }
+    afork_report_started(s);
+    afork_outq_fd_take(&s->out, AFORK_CARRY_FIRST, AFORK_REP_SOCKET, &id,
+                       sizeof id, sock, 0);
 }
 
 void

@@ -21,6 +21,8 @@ void afork_report_exited(struct afork_server *s,
                          const struct rusage *usage);
 void afork_report_failed(struct afork_server *s, uint64_t id, int error,
                          enum afork_stage stage);
+/* sock is the end for the application. */
+void afork_report_socket_take(struct afork_server *s, uint64_t id, int sock);
 void afork_report_spawned(struct afork_server *s, uint64_t id, pid_t pid);
 
 #endif

@@ -18,13 +18,11 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/prctl.h>
 #include <unistd.h>
 
 #include "fd.h"
 #include "report.h"
 #include "serve_parts.h"
-#include "spawn.h"
 
 static struct afork_str
 str_of(const char *text)
@@ -96,6 +94,12 @@ child_exited(void *arg, const struct afork_child *child, int status,
         afork_report_exited(s, child, status, usage);
 }
 
+void
+afork_server_reap(struct afork_server *s)
+{
+    afork_children_reap(&s->children, child_exited, s);
+}
+
 /* From here on the process executes nothing: it answers forks and waits. */
 int
 afork_server_fail(struct afork_server *s, const char *stage, int error,
@@ -164,127 +168,6 @@ handle_handle(struct afork_server *s, const struct afork_frame *frame)
     return r < 0 ? r : AFORK_NEXT;
 }
 
-void
-afork_server_forked(struct afork_server *s, pid_t parent)
-{
-    if (s->sock < 0) /* it was called already */
-        return;
-    afork_fd_close(
-        &s->sock); /* a second holder would hide our parent's death */
-    if (s->plain || s->detached)
-        return;
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (getppid() != parent)
-        _exit(1); /* it died before we could ask to be told */
-}
-
-/* Turns the forked process into a server of its own on sock. */
-static void
-become_child(struct afork_server *s, int sock, pid_t parent)
-{
-    afork_server_forked(s, parent);
-    afork_outq_reset(&s->out); /* its reports are not ours to send */
-    afork_reader_reset(&s->in);
-    s->children.n = 0;
-    s->sock = sock;
-    s->started = 0;
-    s->mute = 0;
-}
-
-/* One fork on behalf of the new socket; in the child 1. */
-static int
-fork_one_take(struct afork_server *s, int sock, uint64_t id)
-{
-    pid_t parent = getpid(), pid;
-    sigset_t old;
-    int r = afork_children_reserve(&s->children);
-
-    if (r == 0) {
-        afork_signals_block_all(&old);
-        pid = s->ops->fork(s->self);
-        if (pid == 0)
-            become_child(s, sock, parent);
-        afork_signals_restore(&old);
-        if (pid == 0)
-            return 1;
-        r = pid < 0 ? (int)pid : 0;
-        if (pid > 0)
-            afork_children_add(&s->children, pid, id);
-    }
-    if (r < 0 && !s->plain) {
-        struct afork_failure f = {NULL, 0};
-        struct afork_outq q;
-
-        /* The new process's owner asked; its socket is where it listens. */
-        afork_outq_init(&q);
-        if (afork_failure_set(&f, "fork", -r, str_of("OSError"),
-                              str_of(strerror(-r)), str_of(""),
-                              str_of("")) == 0 &&
-            afork_outq_frame(&q, AFORK_REP_ERROR, f.payload, f.len) == 0)
-            afork_outq_flush(&q, sock);
-        afork_outq_free(&q);
-        free(f.payload);
-    }
-    afork_fd_close(&sock);
-    return 0;
-}
-
-/* Tells the owner of a new process why its template makes no more. */
-static void
-answer_failure_take(struct afork_server *s, int sock)
-{
-    struct afork_outq q;
-
-    afork_outq_init(&q);
-    if (!s->plain && afork_outq_frame(&q, AFORK_REP_ERROR, s->failure.payload,
-                                      s->failure.len) == 0)
-        afork_outq_flush(&q, sock);
-    afork_outq_free(&q);
-    afork_fd_close(&sock);
-}
-
-/* A new process on sock, which may have been lost on the way. */
-static int
-fork_for_take(struct afork_server *s, int sock, uint64_t id)
-{
-    if (sock < 0)
-        afork_report_failed(s, id, EMFILE, AFORK_STAGE_FORK);
-    else if (s->failure.payload)
-        answer_failure_take(s, sock);
-    else if (fork_one_take(s, sock, id))
-        return AFORK_NEXT;
-    /* Also here: a template that is never idle must not collect zombies. */
-    afork_children_reap(&s->children, child_exited, s);
-    return AFORK_NEXT;
-}
-
-/* The original's fork: the socket is the last pending argument. */
-static int
-handle_fork(struct afork_server *s)
-{
-    int sock;
-
-    if (!afork_args_tail_is_handles(&s->args, 1))
-        return afork_server_protocol_error(s, "fork without a socket");
-    sock = afork_args_pop_fd(&s->args);
-    return sock < 0 ? AFORK_NEXT
-                    : fork_for_take(s, sock, 0); /* lost: no id to report */
-}
-
-static int
-handle_fork_id(struct afork_server *s, struct afork_frame *frame)
-{
-    int sock = frame->fd;
-    uint64_t id;
-
-    if (frame->len != sizeof id) {
-        afork_fd_close(&sock);
-        return afork_server_protocol_error(s, "malformed fork request");
-    }
-    memcpy(&id, frame->payload, sizeof id);
-    return fork_for_take(s, sock, id);
-}
-
 static int
 handle_ready(struct afork_server *s, const struct afork_frame *frame)
 {
@@ -321,7 +204,9 @@ dispatch(struct afork_server *s, struct afork_frame *frame)
     if (s->failure.payload && frame->letter == AFORK_CMD_SPAWN)
         return afork_server_refuse_spawn(s, frame);
     if (s->failure.payload && frame->letter != AFORK_CMD_HANDLE &&
-        frame->letter != AFORK_CMD_FORK && frame->letter != AFORK_CMD_FORK_ID)
+        frame->letter != AFORK_CMD_FORK &&
+        frame->letter != AFORK_CMD_FORK_ID &&
+        frame->letter != AFORK_CMD_FORK_MANY)
         return AFORK_NEXT;
     switch (frame->letter) {
     case AFORK_CMD_EVAL:
@@ -331,7 +216,7 @@ dispatch(struct afork_server *s, struct afork_frame *frame)
     case AFORK_CMD_HANDLE:
         return handle_handle(s, frame);
     case AFORK_CMD_FORK:
-        return handle_fork(s);
+        return afork_server_fork(s);
     case AFORK_CMD_RUN:
         return handle_run(s, frame);
     }
@@ -347,7 +232,9 @@ dispatch(struct afork_server *s, struct afork_frame *frame)
     case AFORK_CMD_TEXT:
         return handle_strings(s, AFORK_ARG_TEXT, frame);
     case AFORK_CMD_FORK_ID:
-        return handle_fork_id(s, frame);
+        return afork_server_fork_id(s, frame);
+    case AFORK_CMD_FORK_MANY:
+        return afork_server_fork_many(s, frame);
     case AFORK_CMD_READY:
         return handle_ready(s, frame);
     case AFORK_CMD_EXEC:
@@ -382,7 +269,7 @@ static int
 finish(struct afork_server *s)
 {
     for (;;) {
-        afork_children_reap(&s->children, child_exited, s);
+        afork_server_reap(s);
         afork_server_flush(s);
         if (s->plain || (!s->children.n && !afork_outq_len(&s->out)))
             return AFORK_END;
@@ -409,7 +296,7 @@ afork_serve(struct afork_server *s)
             r = dispatch(s, &frame);
         } else if (got == 0) {
             afork_report_started(s);
-            afork_children_reap(&s->children, child_exited, s);
+            afork_server_reap(s);
             afork_server_flush(s);
             wait_event(s, 0);
         } else if (got == -EPIPE) {

@@ -45,6 +45,15 @@ struct afork_ops {
     char *const *(*environ)(void *self);
 };
 
+/* The processes of one request whose sockets have been made in advance: so
+ * many at a time, as each takes two descriptors. */
+enum { AFORK_BATCH = 64 };
+struct afork_batch {
+    int socks[AFORK_BATCH]; /* owned: ends of processes still to be forked */
+    uint64_t ids[AFORK_BATCH];
+    size_t n;
+};
+
 struct afork_server {
     int sock;     /* owned */
     int plain;    /* the original's protocol and nothing else */
@@ -54,6 +63,7 @@ struct afork_server {
     struct afork_outq out;
     struct afork_args args;
     struct afork_children children;
+    struct afork_batch batch;
     struct afork_signals signals;
     struct afork_failure failure; /* once set, no command is executed */
     int started;                  /* the started report has been queued */

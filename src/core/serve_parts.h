@@ -17,6 +17,15 @@ int afork_server_fail(struct afork_server *s, const char *stage, int error,
 /* The stream means nothing any more: reports that, and ends the loop. */
 int afork_server_protocol_error(struct afork_server *s, const char *message);
 
+/* Reaps what has exited, and reports it. */
+void afork_server_reap(struct afork_server *s);
+
+/* FORK, FORK_ID and FORK_MANY: they return in every process that they make. */
+int afork_server_fork(struct afork_server *s);
+int afork_server_fork_id(struct afork_server *s, struct afork_frame *frame);
+int afork_server_fork_many(struct afork_server *s,
+                           const struct afork_frame *frame);
+
 /* EXEC: returns only if the program could not be executed. */
 int afork_server_exec(struct afork_server *s, const struct afork_frame *frame);
 /* SPAWN. */
