@@ -15,6 +15,7 @@ CMD_IMPORT: int
 CMD_SET: int
 CMD_FORK_ID: int
 CMD_FORK_MANY: int
+CMD_SPARES: int
 CMD_READY: int
 CMD_EXEC: int
 CMD_SPAWN: int
@@ -31,6 +32,7 @@ REP_SPAWNED_BARE: int
 FRAME_MAX: int
 HANDLES_MAX: int
 LINK_FRAME_MAX: int
+SPARES_MAX: int
 
 class _Handler(Protocol):
     func: Callable[..., object] | None

@@ -303,6 +303,27 @@ class Fork:
             process.flush()
         return self
 
+    def spares(self, n: int) -> Self:
+        """Keep up to n processes in advance, so that a start takes a message.
+
+        They are forked while the process has nothing else to do, each with
+        what has been configured by then; what is configured later replaces
+        them. How many there are follows from how many are needed: between
+        none and n.
+
+        Args:
+            n: At most so many, up to 64; 0 for none, which is the default.
+        """
+        process, channel = self._channel("spares")
+        if process.plain:
+            raise AforkError("spares need a process in afork mode, this one is plain")
+        if not 0 <= n <= _afork.SPARES_MAX:
+            raise ValueError(f"spares must be 0 to {_afork.SPARES_MAX}: {n}")
+        channel.frame(_afork.CMD_SPARES, n.to_bytes(4, sys.byteorder))
+        process.forked = process.forked or n > 0  # it is their parent
+        process.flush()
+        return self
+
     async def ready(self) -> Self:
         """Wait until everything queued so far has run.
 

@@ -445,7 +445,10 @@ class Process(Mortal):
         self.dropped = True
         hub().attach_any()  # somebody has to read until the end
         if not self.claimed:
-            if not self.unused:
+            # Nor is it news that it has gone with its template.
+            parent = self.parent
+            known = parent is not None and parent.was_logged and parent.gone
+            if not self.unused and not (known and self.pid is None):
                 self.log_error()
             self.release()
         with hub().lock:

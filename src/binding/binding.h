@@ -52,6 +52,8 @@ int binding_fill_socket_take(PyObject *blank, int fd);
 int binding_enter(PyObject *handler, PyObject *func, PyObject *const *args,
                   size_t n);
 PyObject *binding_change_type(PyObject *module, PyObject *args);
+/* Does what entering a function does, with nothing to show for it. */
+void binding_warm(PyObject *blank, PyObject *count_exit_handlers);
 /* Whether nothing but a flush is left to do at the end of the process. */
 int binding_ends_plainly(PyObject *count_exit_handlers, PyObject *threading);
 /* By the function that closes a socket object, whatever comes of it. */

@@ -35,6 +35,7 @@ struct py_server {
     PyObject *name_threading, *name_flush; /* strong: made before any fork */
     struct binding_stdio stdio;            /* as it was at the last fork */
     int keep_title;                        /* the title was set by hand */
+    int spare_title;                       /* the title is that of a spare */
     PyThreadState *thread;                 /* released while the loop waits */
     int dirty;        /* Python has run since the last fork */
     int interested;   /* signals may have handlers in Python */
@@ -93,6 +94,12 @@ take_answer(PyObject *answer, struct afork_failure *failure)
     return r;
 }
 
+static void
+set_title(const char *title)
+{
+    afork_proctitle_set(title, strlen(title));
+}
+
 static int
 op_command(void *self, uint8_t letter, const uint8_t *payload, size_t len,
            struct afork_failure *ret_failure)
@@ -102,6 +109,9 @@ op_command(void *self, uint8_t letter, const uint8_t *payload, size_t len,
 
     PyEval_RestoreThread(p->thread);
     p->dirty = 1;
+    if (p->spare_title)
+        set_title("afork: template");
+    p->spare_title = 0;
     r = take_answer(PyObject_CallMethod(p->handler, "command", "iy#", letter,
                                         len ? (const char *)payload : "",
                                         (Py_ssize_t)len),
@@ -141,6 +151,19 @@ op_find(void *self, const uint8_t *name, size_t len,
     }
     p->thread = PyEval_SaveThread();
     return r;
+}
+
+static void
+op_warm(void *self)
+{
+    struct py_server *p = self;
+
+    PyEval_RestoreThread(p->thread);
+    if (!p->keep_title)
+        set_title("afork: spare");
+    p->spare_title = !p->keep_title;
+    binding_warm(p->sock, p->count_exit_handlers);
+    p->thread = PyEval_SaveThread();
 }
 
 static void
@@ -260,6 +283,7 @@ static const struct afork_ops ops = {
     .command = op_command,
     .find = op_find,
     .fork = op_fork,
+    .warm = op_warm,
     .interrupted = op_interrupted,
     .environ = op_environ,
 };

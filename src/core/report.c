@@ -22,8 +22,8 @@ silent(const struct afork_server *s)
 }
 
 /* Close-on-exec from birth, says pidfd_open(2). */
-static int
-open_pidfd(pid_t pid)
+int
+afork_report_pidfd(pid_t pid)
 {
     return (int)syscall(SYS_pidfd_open, pid, 0);
 }
@@ -31,13 +31,15 @@ open_pidfd(pid_t pid)
 void
 afork_report_started(struct afork_server *s)
 {
-    uint32_t pid = (uint32_t)getpid();
+    uint32_t pid;
     int fd;
 
     if (s->started || silent(s))
         return;
     s->started = 1;
-    fd = open_pidfd((pid_t)pid);
+    pid = (uint32_t)getpid();
+    fd = s->pidfd >= 0 ? s->pidfd : afork_report_pidfd((pid_t)pid);
+    s->pidfd = AFORK_NOFD;
     if (fd < 0)
         afork_outq_frame(&s->out, AFORK_REP_STARTED_BARE, &pid, sizeof pid);
     else
@@ -140,7 +142,8 @@ afork_report_spawned(struct afork_server *s, uint64_t id, pid_t pid)
         return;
     memcpy(payload, &id, 8);
     memcpy(payload + 8, &number, 4);
-    fd = open_pidfd(pid); /* our child, not reaped yet: cannot be another's */
+    fd = afork_report_pidfd(
+        pid); /* our child, not reaped yet: cannot be another's */
     if (fd < 0)
         afork_outq_frame(&s->out, AFORK_REP_SPAWNED_BARE, payload,
                          sizeof payload);

@@ -10,6 +10,9 @@
 /* Payload bytes of an exited report. */
 enum { AFORK_EXITED_SIZE = 8 + 4 + 4 + 18 * 8 };
 
+/* A descriptor for a process of ours that is alive or not reaped; < 0. */
+int afork_report_pidfd(pid_t pid);
+
 /* All of them are silent in plain mode and when nobody listens any more;
  * the only other failure is a lack of memory, which loses the report. */
 void afork_report_started(struct afork_server *s);

@@ -18,6 +18,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "fd.h"
@@ -44,6 +45,8 @@ afork_server_init_take(struct afork_server *s, int sock, int plain,
     afork_outq_init(&s->out);
     afork_args_init(&s->args);
     afork_children_init(&s->children);
+    afork_spares_init(&s->spares);
+    s->pidfd = AFORK_NOFD;
     afork_reader_prepare(&s->in);
     afork_outq_prepare(&s->out);
 }
@@ -52,6 +55,8 @@ void
 afork_server_free(struct afork_server *s)
 {
     afork_fd_close(&s->sock);
+    afork_fd_close(&s->pidfd);
+    afork_spares_forget(&s->spares);
     afork_reader_free(&s->in);
     afork_outq_free(&s->out);
     afork_args_free(&s->args);
@@ -89,15 +94,18 @@ child_exited(void *arg, const struct afork_child *child, int status,
              const struct rusage *usage)
 {
     struct afork_server *s = arg;
+    struct afork_child one = *child;
 
-    if (child->id)
-        afork_report_exited(s, child, status, usage);
+    afork_spares_exited(s, &one);
+    if (one.id)
+        afork_report_exited(s, &one, status, usage);
 }
 
 void
 afork_server_reap(struct afork_server *s)
 {
-    afork_children_reap(&s->children, child_exited, s);
+    if (s->children.n && afork_signals_chld())
+        afork_children_reap(&s->children, child_exited, s);
 }
 
 /* From here on the process executes nothing: it answers forks and waits. */
@@ -136,6 +144,7 @@ handle_command(struct afork_server *s, const struct afork_frame *frame)
 {
     int r;
 
+    afork_spares_drop(s);
     afork_report_started(s);
     afork_server_flush(s);
     afork_signals_open(&s->signals);
@@ -182,12 +191,26 @@ handle_ready(struct afork_server *s, const struct afork_frame *frame)
 }
 
 static int
+handle_spares(struct afork_server *s, const struct afork_frame *frame)
+{
+    uint32_t most;
+
+    if (frame->len != sizeof most)
+        return afork_server_protocol_error(s, "malformed spares request");
+    memcpy(&most, frame->payload, sizeof most);
+    afork_spares_set(s, most);
+    return AFORK_NEXT;
+}
+
+static int
 handle_run(struct afork_server *s, const struct afork_frame *frame)
 {
     if (afork_args_tail_has_lost(&s->args, s->args.n))
         return afork_server_fail(
             s, "run", EMFILE, "OSError",
             "a descriptor was lost: no free slot in the process", "");
+    if (afork_server_settle(s))
+        return AFORK_NEXT;
     afork_report_started(s);
     if (s->ops->find(s->self, frame->payload, frame->len, &s->failure) < 0)
         return callback_failed(s);
@@ -201,6 +224,7 @@ handle_run(struct afork_server *s, const struct afork_frame *frame)
 static int
 dispatch(struct afork_server *s, struct afork_frame *frame)
 {
+    afork_spares_check_args(s);
     if (s->failure.payload && frame->letter == AFORK_CMD_SPAWN)
         return afork_server_refuse_spawn(s, frame);
     if (s->failure.payload && frame->letter != AFORK_CMD_HANDLE &&
@@ -235,6 +259,8 @@ dispatch(struct afork_server *s, struct afork_frame *frame)
         return afork_server_fork_id(s, frame);
     case AFORK_CMD_FORK_MANY:
         return afork_server_fork_many(s, frame);
+    case AFORK_CMD_SPARES:
+        return handle_spares(s, frame);
     case AFORK_CMD_READY:
         return handle_ready(s, frame);
     case AFORK_CMD_EXEC:
@@ -246,21 +272,59 @@ dispatch(struct afork_server *s, struct afork_frame *frame)
     }
 }
 
-/* Waits for a command, a child, or room for a report; the POLL* of the socket. */
-static short
-wait_event(struct afork_server *s, int eof)
+/* Waits for a command, a child, an answer of a spare, or room for a report, at
+ * most so many milliseconds.  The POLL* of the socket; -1 when time is up. */
+static int
+wait_event(struct afork_server *s, short events, int timeout)
 {
-    struct pollfd p = {.fd = s->sock};
+    struct pollfd fds[1 + AFORK_SPARES_MAX] = {{.fd = s->sock}};
+    struct timespec time = {timeout / 1000, timeout % 1000 * 1000000L};
+    size_t all = 1 + afork_spares_poll(&s->spares, fds + 1);
     int n;
 
-    if (!eof)
-        p.events |= POLLIN;
+    fds[0].events = events;
     if (afork_outq_len(&s->out))
-        p.events |= POLLOUT;
-    n = ppoll(&p, 1, NULL, &s->signals.wait_mask);
+        fds[0].events |= POLLOUT;
+    n = ppoll(fds, all, timeout < 0 ? NULL : &time, &s->signals.wait_mask);
     if (n < 0 && errno == EINTR)
         s->ops->interrupted(s->self);
-    return n > 0 ? p.revents : 0;
+    if (n > 0 && all > 1)
+        afork_spares_answers(s);
+    /* A descriptor may be about to come. */
+    if (n > 0 && fds[0].revents & POLLIN)
+        afork_spares_make_room(s);
+    return n > 0 ? fds[0].revents : n < 0 ? 0 : -1;
+}
+
+/* There is no command to execute: waits for one, or makes a spare. */
+static int
+idle(struct afork_server *s)
+{
+    afork_report_started(s);
+    afork_server_reap(s);
+    afork_server_flush(s);
+    if (afork_server_fork_orphans(s))
+        return AFORK_NEXT;
+    if (wait_event(s, POLLIN, afork_spares_timeout(s)) >= 0)
+        return AFORK_NEXT;
+    return afork_spares_tend(s);
+}
+
+int
+afork_server_settle(struct afork_server *s)
+{
+    struct pollfd fds[AFORK_SPARES_MAX];
+    size_t n;
+
+    afork_spares_set(s, 0);
+    while (s->spares.n) {
+        if (afork_server_fork_orphans(s))
+            return 1;
+        n = afork_spares_poll(&s->spares, fds);
+        if (n && poll(fds, n, -1) > 0)
+            afork_spares_answers(s);
+    }
+    return 0;
 }
 
 /* After end of file: half closed, but there are children to reap and perhaps
@@ -268,12 +332,15 @@ wait_event(struct afork_server *s, int eof)
 static int
 finish(struct afork_server *s)
 {
+    afork_spares_set(s, 0);
     for (;;) {
         afork_server_reap(s);
         afork_server_flush(s);
+        if (afork_server_fork_orphans(s))
+            return AFORK_NEXT;
         if (s->plain || (!s->children.n && !afork_outq_len(&s->out)))
             return AFORK_END;
-        if (wait_event(s, 1) & (POLLHUP | POLLERR))
+        if (wait_event(s, 0, -1) & (POLLHUP | POLLERR))
             return AFORK_END; /* the application has gone: they go with us */
     }
 }
@@ -293,12 +360,13 @@ afork_serve(struct afork_server *s)
         int got = afork_reader_next(&s->in, s->sock, &frame);
 
         if (got > 0) {
+            int carried = frame.fd >= 0;
+
             r = dispatch(s, &frame);
+            if (carried)
+                afork_spares_make_room(s);
         } else if (got == 0) {
-            afork_report_started(s);
-            afork_server_reap(s);
-            afork_server_flush(s);
-            wait_event(s, 0);
+            r = idle(s);
         } else if (got == -EPIPE) {
             r = finish(s);
         } else {

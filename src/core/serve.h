@@ -10,6 +10,7 @@
 #include "outq.h"
 #include "reader.h"
 #include "signals.h"
+#include "spares.h"
 #include "wire.h"
 
 /* What went wrong in a callback; strings are borrowed until it returns to it. */
@@ -39,6 +40,8 @@ struct afork_ops {
     /* fork(2) with all that the language needs around it; -errno.  Calls
      * afork_server_forked before anything that is not the core's own. */
     pid_t (*fork)(void *self);
+    /* In a spare: touches what starts touch, so that they need not. */
+    void (*warm)(void *self);
     /* Something interrupted the wait: handlers of the language may be due. */
     void (*interrupted)(void *self);
     /* The environment of programs that are started without one. */
@@ -64,6 +67,9 @@ struct afork_server {
     struct afork_args args;
     struct afork_children children;
     struct afork_batch batch;
+    struct afork_spares spares;
+    int pidfd;       /* owned: our own, opened in advance, or AFORK_NOFD */
+    uint64_t starts; /* processes that were asked for */
     struct afork_signals signals;
     struct afork_failure failure; /* once set, no command is executed */
     int started;                  /* the started report has been queued */

@@ -1,6 +1,7 @@
 /* The server's commands that make processes of its own kind. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -8,6 +9,7 @@
 #include <unistd.h>
 
 #include "fd.h"
+#include "fdpass.h"
 #include "report.h"
 #include "serve_parts.h"
 
@@ -26,6 +28,8 @@ afork_server_forked(struct afork_server *s, pid_t parent)
         &s->sock); /* a second holder would hide our parent's death */
     for (; s->batch.n; s->batch.n--)
         afork_fd_close(&s->batch.socks[s->batch.n - 1]);
+    afork_fd_close(&s->pidfd);
+    afork_spares_forget(&s->spares);
     if (s->plain || s->detached)
         return;
     prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -33,47 +37,53 @@ afork_server_forked(struct afork_server *s, pid_t parent)
         _exit(1); /* it died before we could ask to be told */
 }
 
-/* Turns the forked process into a server of its own on sock. */
-static void
-become_child(struct afork_server *s, int sock, pid_t parent)
+/* Forks; in the child 0, and it is a server of its own that has no socket
+ * yet.  -errno. */
+static pid_t
+fork_server(struct afork_server *s, uint64_t id)
 {
-    afork_server_forked(s, parent);
-    afork_outq_reset(&s->out); /* its reports are not ours to send */
-    afork_reader_reset(&s->in);
-    s->children.n = 0;
-    s->sock = sock;
-    s->started = 0;
-    s->mute = 0;
+    pid_t parent = getpid(), pid;
+    sigset_t old;
+    int r = afork_children_reserve(&s->children);
+
+    if (r < 0)
+        return r;
+    afork_signals_block_all(&old);
+    pid = s->ops->fork(s->self);
+    if (pid == 0) {
+        afork_server_forked(s, parent);
+        afork_outq_reset(&s->out); /* its reports are not ours to send */
+        afork_reader_reset(&s->in);
+        s->children.n = 0;
+        s->started = 0;
+        s->starts = 0;
+        s->mute = 0;
+    }
+    afork_signals_restore(&old);
+    if (pid > 0)
+        afork_children_add(&s->children, pid, id);
+    return pid;
 }
 
 /* One fork on behalf of the new socket; in the child 1. */
 static int
 fork_one_take(struct afork_server *s, int sock, uint64_t id)
 {
-    pid_t parent = getpid(), pid;
-    sigset_t old;
-    int r = afork_children_reserve(&s->children);
+    pid_t pid = fork_server(s, id);
 
-    if (r == 0) {
-        afork_signals_block_all(&old);
-        pid = s->ops->fork(s->self);
-        if (pid == 0)
-            become_child(s, sock, parent);
-        afork_signals_restore(&old);
-        if (pid == 0)
-            return 1;
-        r = pid < 0 ? (int)pid : 0;
-        if (pid > 0)
-            afork_children_add(&s->children, pid, id);
+    if (pid == 0) {
+        s->sock = sock;
+        return 1;
     }
-    if (r < 0 && !s->plain) {
+    if (pid < 0 && !s->plain) {
         struct afork_failure f = {NULL, 0};
         struct afork_outq q;
+        int error = -(int)pid;
 
         /* The new process's owner asked; its socket is where it listens. */
         afork_outq_init(&q);
-        if (afork_failure_set(&f, "fork", -r, str_of("OSError"),
-                              str_of(strerror(-r)), str_of(""),
+        if (afork_failure_set(&f, "fork", error, str_of("OSError"),
+                              str_of(strerror(error)), str_of(""),
                               str_of("")) == 0 &&
             afork_outq_frame(&q, AFORK_REP_ERROR, f.payload, f.len) == 0)
             afork_outq_flush(&q, sock);
@@ -82,6 +92,44 @@ fork_one_take(struct afork_server *s, int sock, uint64_t id)
     }
     afork_fd_close(&sock);
     return 0;
+}
+
+/* A spare's life until it is given a request: AFORK_NEXT, or AFORK_END. */
+static int
+wait_as_spare(struct afork_server *s, int link)
+{
+    struct pollfd p = {.fd = link, .events = POLLIN};
+    int fd = AFORK_NOFD;
+    ssize_t n = -EAGAIN;
+    uint64_t id;
+
+    s->ops->warm(s->self);
+    s->pidfd = afork_report_pidfd(getpid());
+    while (n == -EAGAIN) {
+        if (poll(&p, 1, -1) < 0 && errno == EINTR)
+            s->ops->interrupted(s->self);
+        n = afork_fdpass_recv(link, &id, sizeof id, &fd);
+    }
+    /* A lost descriptor is no answer: the template still has its own. */
+    if (n != sizeof id || fd < 0 ||
+        afork_fdpass_send(link, "", 1, AFORK_NOFD) != 1) {
+        afork_fd_close(&fd);
+        return AFORK_END;
+    }
+    s->sock = fd;
+    return AFORK_NEXT;
+}
+
+int
+afork_server_fork_spare_take(struct afork_server *s, int link, pid_t *ret_pid)
+{
+    int r = 0;
+
+    *ret_pid = fork_server(s, 0);
+    if (*ret_pid == 0)
+        r = wait_as_spare(s, link);
+    afork_fd_close(&link);
+    return r;
 }
 
 /* Tells the owner of a new process why its template makes no more. */
@@ -102,14 +150,29 @@ answer_failure_take(struct afork_server *s, int sock)
 static int
 fork_for_take(struct afork_server *s, int sock, uint64_t id)
 {
+    s->starts++;
     if (sock < 0)
         afork_report_failed(s, id, EMFILE, AFORK_STAGE_FORK);
     else if (s->failure.payload)
         answer_failure_take(s, sock);
+    else if (afork_spares_start(s, sock, id))
+        return 0;
     else if (fork_one_take(s, sock, id))
         return 1;
     /* Also here: a template that is never idle must not collect zombies. */
     afork_server_reap(s);
+    return 0;
+}
+
+int
+afork_server_fork_orphans(struct afork_server *s)
+{
+    uint64_t id;
+    int sock;
+
+    while ((sock = afork_spares_orphan(s, &id)) >= 0)
+        if (fork_for_take(s, sock, id))
+            return 1;
     return 0;
 }
 

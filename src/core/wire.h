@@ -25,6 +25,7 @@
     X(SET, 's', "settings, a string list of key, value, key, value ...")     \
     X(FORK_ID, 'F', "uint64 id; the new socket rides on the first byte")     \
     X(FORK_MANY, 'M', "uint64 ids: fork each, on pairs made by the process") \
+    X(SPARES, 'w', "uint32 n: keep so many forks in advance")                \
     X(READY, 'y', "uint64 token: answer with done when all before it ran")   \
     X(EXEC, 'x', "become a program")                                         \
     X(SPAWN, 'X', "uint64 id, then as exec: start a program")

@@ -22,6 +22,7 @@ COMMANDS = {
     "SET": b"s",
     "FORK_ID": b"F",
     "FORK_MANY": b"M",
+    "SPARES": b"w",
     "READY": b"y",
     "EXEC": b"x",
     "SPAWN": b"X",
