@@ -16,6 +16,7 @@ CMD_SET: int
 CMD_FORK_ID: int
 CMD_FORK_MANY: int
 CMD_SPARES: int
+CMD_STATS: int
 CMD_READY: int
 CMD_EXEC: int
 CMD_SPAWN: int
@@ -24,6 +25,7 @@ REP_STARTED_BARE: int
 REP_ERROR: int
 REP_RUNNING: int
 REP_SOCKET: int
+REP_STATS: int
 REP_EXITED: int
 REP_DONE: int
 REP_FAILED: int
@@ -47,6 +49,7 @@ class _Handler(Protocol):
     ) -> tuple[str, int, bytes, bytes, bytes, bytes] | None: ...
     def handle(self, fd: int, /) -> object: ...
     def adapt(self, sock: _socket.socket, /) -> None: ...
+    def stats(self, facts: dict[str, object], /) -> bytes: ...
     def before_fork(self, sock: _socket.socket, /) -> bool: ...
     def clear_atexit(self, _: None, /) -> None: ...
     def finish(self, awaitable: Awaitable[object], /) -> None: ...

@@ -7,7 +7,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from . import _afork, _interpreter
 from ._become import Exec, Run
@@ -19,6 +19,7 @@ from ._handles import descriptor_of
 from ._hub import hub
 from ._process import Process, dead_end, fork_process, fork_processes
 from ._state import next_id
+from ._stats_request import ask_stats
 
 if TYPE_CHECKING:
     import resource
@@ -361,6 +362,21 @@ class Fork:
         if process.done < token:
             raise ClosedError("closed while ready was awaited")
         return self
+
+    async def stats(self) -> dict[str, Any]:
+        """What the process knows of itself: see the manual for the keys.
+
+        Executed in its turn, like everything that is queued; also after an
+        error.
+
+        Raises:
+            AforkError: a plain process.
+            TemplateError, WorkerLost: the process has died.
+        """
+        process, channel = self._channel("stats")
+        if process.plain:
+            raise AforkError("stats need a process in afork mode, this one is plain")
+        return await ask_stats(process, channel)
 
     # -- becoming something
 

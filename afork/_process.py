@@ -187,6 +187,12 @@ class Process(Mortal):
                 self.done = max(self.done, TOKEN.unpack(payload)[0])
             elif letter == _afork.REP_ERROR:
                 self.fail(error_from(payload))
+            elif letter == _afork.REP_STATS:
+                token = TOKEN.unpack(payload[:8])[0]
+                if self.stats is None:
+                    raise ValueError("an answer that nobody has asked for")
+                if token in self.stats:  # else its await was cancelled
+                    self.stats[token] = payload[8:]
             elif letter == _afork.REP_SOCKET:
                 self._on_socket(TOKEN.unpack(payload)[0], fd)
             elif letter == _afork.REP_FAILED:

@@ -70,6 +70,8 @@ class State:
     unused = False
     #: The id of the first of those that were asked for together.
     batch = 0
+    #: Answers to stats requests that nobody has taken yet, by token.
+    stats: dict[int, bytes | None] | None = None
     #: It was moved to another template once.
     moved = False
     #: Its reports are read when somebody asks, not as they come.

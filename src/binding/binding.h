@@ -35,10 +35,24 @@ extern PyType_Spec binding_link_spec;
 /* server.c */
 PyObject *binding_serve(PyObject *module, PyObject *args);
 PyObject *binding_fork(PyObject *module, PyObject *unused);
+
+struct afork_server;
+/* The server that this process is, or NULL and an exception. */
+struct afork_server *binding_serving(int **ret_keep_title);
+
+/* settings.c */
 PyObject *binding_detach(PyObject *module, PyObject *flag);
 PyObject *binding_keep_title(PyObject *module, PyObject *unused);
 PyObject *binding_report_again(PyObject *module, PyObject *unused);
 PyObject *binding_make_plain(PyObject *module, PyObject *unused);
+
+/* Titles a spare, or a template that was one, unless somebody else has. */
+void binding_warm_title(int *is_spare, int on);
+
+/* stats.c */
+/* What the loop and the handler know of the process: malloc'ed, or NULL. */
+uint8_t *binding_stats(PyObject *handler, const struct afork_server *server,
+                       size_t *ret_len);
 
 /* worker.c */
 /* The function behind a name whose module is loaded; NULL without an

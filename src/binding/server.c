@@ -94,12 +94,6 @@ take_answer(PyObject *answer, struct afork_failure *failure)
     return r;
 }
 
-static void
-set_title(const char *title)
-{
-    afork_proctitle_set(title, strlen(title));
-}
-
 static int
 op_command(void *self, uint8_t letter, const uint8_t *payload, size_t len,
            struct afork_failure *ret_failure)
@@ -109,9 +103,7 @@ op_command(void *self, uint8_t letter, const uint8_t *payload, size_t len,
 
     PyEval_RestoreThread(p->thread);
     p->dirty = 1;
-    if (p->spare_title)
-        set_title("afork: template");
-    p->spare_title = 0;
+    binding_warm_title(&p->spare_title, 0);
     r = take_answer(PyObject_CallMethod(p->handler, "command", "iy#", letter,
                                         len ? (const char *)payload : "",
                                         (Py_ssize_t)len),
@@ -159,11 +151,22 @@ op_warm(void *self)
     struct py_server *p = self;
 
     PyEval_RestoreThread(p->thread);
-    if (!p->keep_title)
-        set_title("afork: spare");
-    p->spare_title = !p->keep_title;
+    binding_warm_title(&p->spare_title, !p->keep_title);
     binding_warm(p->sock, p->count_exit_handlers);
     p->thread = PyEval_SaveThread();
+}
+
+static uint8_t *
+op_stats(void *self, size_t *ret_len)
+{
+    struct py_server *p = self;
+    uint8_t *data;
+
+    PyEval_RestoreThread(p->thread);
+    p->dirty = 1;
+    data = binding_stats(p->handler, &p->server, ret_len);
+    p->thread = PyEval_SaveThread();
+    return data;
 }
 
 static void
@@ -284,6 +287,7 @@ static const struct afork_ops ops = {
     .find = op_find,
     .fork = op_fork,
     .warm = op_warm,
+    .stats = op_stats,
     .interrupted = op_interrupted,
     .environ = op_environ,
 };
@@ -480,61 +484,13 @@ binding_fork(PyObject *module, PyObject *unused)
     return pid < 0 ? binding_oserror((int)pid) : PyLong_FromLong(pid);
 }
 
-static int
-check_serving(void)
+struct afork_server *
+binding_serving(int **ret_keep_title)
 {
-    if (current)
-        return 0;
-    PyErr_SetString(PyExc_RuntimeError, "not in a server process");
-    return -1;
-}
-
-/* The title was chosen by the application: run does not change it. */
-PyObject *
-binding_keep_title(PyObject *module, PyObject *unused)
-{
-    (void)module;
-    (void)unused;
-    if (check_serving() < 0)
+    if (!current) {
+        PyErr_SetString(PyExc_RuntimeError, "not in a server process");
         return NULL;
-    current->keep_title = 1;
-    Py_RETURN_NONE;
-}
-
-/* The started report goes out once more: somebody else listens now. */
-PyObject *
-binding_report_again(PyObject *module, PyObject *unused)
-{
-    (void)module;
-    (void)unused;
-    if (check_serving() < 0)
-        return NULL;
-    current->server.started = 0;
-    Py_RETURN_NONE;
-}
-
-/* From here on a foreign peer listens, who knows no reports. */
-PyObject *
-binding_make_plain(PyObject *module, PyObject *unused)
-{
-    (void)module;
-    (void)unused;
-    if (check_serving() < 0)
-        return NULL;
-    current->server.plain = 1;
-    Py_RETURN_NONE;
-}
-
-PyObject *
-binding_detach(PyObject *module, PyObject *flag)
-{
-    int on = PyObject_IsTrue(flag);
-
-    (void)module;
-    if (on < 0 || check_serving() < 0)
-        return NULL;
-    current->server.detached = on;
-    if (prctl(PR_SET_PDEATHSIG, on ? 0 : SIGKILL) < 0)
-        return binding_oserror(-errno);
-    Py_RETURN_NONE;
+    }
+    *ret_keep_title = &current->keep_title;
+    return &current->server;
 }

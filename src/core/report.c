@@ -70,6 +70,27 @@ afork_report_done(struct afork_server *s, uint64_t token)
 }
 
 void
+afork_report_stats(struct afork_server *s, uint64_t token, const uint8_t *data,
+                   size_t len)
+{
+    uint8_t *payload = malloc(sizeof token + len);
+
+    /* Without memory an empty answer: somebody waits for it. */
+    if (silent(s))
+        len = 0;
+    else if (!payload || len > AFORK_FRAME_MAX - sizeof token)
+        afork_outq_frame(&s->out, AFORK_REP_STATS, &token, sizeof token);
+    else {
+        memcpy(payload, &token, sizeof token);
+        if (len)
+            memcpy(payload + sizeof token, data, len);
+        afork_outq_frame(&s->out, AFORK_REP_STATS, payload,
+                         sizeof token + len);
+    }
+    free(payload);
+}
+
+void
 afork_report_exited(struct afork_server *s, const struct afork_child *child,
                     int status, const struct rusage *usage)
 {

@@ -19,6 +19,8 @@ void afork_report_started(struct afork_server *s);
 void afork_report_failure(struct afork_server *s);
 void afork_report_running(struct afork_server *s);
 void afork_report_done(struct afork_server *s, uint64_t token);
+void afork_report_stats(struct afork_server *s, uint64_t token,
+                        const uint8_t *data, size_t len);
 void afork_report_exited(struct afork_server *s,
                          const struct afork_child *child, int status,
                          const struct rusage *usage);

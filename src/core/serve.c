@@ -191,6 +191,23 @@ handle_ready(struct afork_server *s, const struct afork_frame *frame)
 }
 
 static int
+handle_stats(struct afork_server *s, const struct afork_frame *frame)
+{
+    uint8_t *data;
+    size_t len = 0;
+    uint64_t token;
+
+    if (frame->len != sizeof token)
+        return afork_server_protocol_error(s, "malformed stats request");
+    memcpy(&token, frame->payload, sizeof token);
+    afork_report_started(s);
+    data = s->ops->stats(s->self, &len);
+    afork_report_stats(s, token, data, data ? len : 0);
+    free(data);
+    return AFORK_NEXT;
+}
+
+static int
 handle_spares(struct afork_server *s, const struct afork_frame *frame)
 {
     uint32_t most;
@@ -230,7 +247,8 @@ dispatch(struct afork_server *s, struct afork_frame *frame)
     if (s->failure.payload && frame->letter != AFORK_CMD_HANDLE &&
         frame->letter != AFORK_CMD_FORK &&
         frame->letter != AFORK_CMD_FORK_ID &&
-        frame->letter != AFORK_CMD_FORK_MANY)
+        frame->letter != AFORK_CMD_FORK_MANY &&
+        (frame->letter != AFORK_CMD_STATS || s->plain))
         return AFORK_NEXT;
     switch (frame->letter) {
     case AFORK_CMD_EVAL:
@@ -259,6 +277,8 @@ dispatch(struct afork_server *s, struct afork_frame *frame)
         return afork_server_fork_id(s, frame);
     case AFORK_CMD_FORK_MANY:
         return afork_server_fork_many(s, frame);
+    case AFORK_CMD_STATS:
+        return handle_stats(s, frame);
     case AFORK_CMD_SPARES:
         return handle_spares(s, frame);
     case AFORK_CMD_READY:

@@ -42,6 +42,8 @@ struct afork_ops {
     pid_t (*fork)(void *self);
     /* In a spare: touches what starts touch, so that they need not. */
     void (*warm)(void *self);
+    /* What is known of the process: malloc'ed, or NULL. */
+    uint8_t *(*stats)(void *self, size_t *ret_len);
     /* Something interrupted the wait: handlers of the language may be due. */
     void (*interrupted)(void *self);
     /* The environment of programs that are started without one. */

@@ -26,6 +26,7 @@
     X(FORK_ID, 'F', "uint64 id; the new socket rides on the first byte")     \
     X(FORK_MANY, 'M', "uint64 ids: fork each, on pairs made by the process") \
     X(SPARES, 'w', "uint32 n: keep so many forks in advance")                \
+    X(STATS, 'q', "uint64 token: answer with what is known of it")           \
     X(READY, 'y', "uint64 token: answer with done when all before it ran")   \
     X(EXEC, 'x', "become a program")                                         \
     X(SPAWN, 'X', "uint64 id, then as exec: start a program")
@@ -39,6 +40,7 @@
     X(SOCKET, 'c', "uint64 id; our end of its socket on the first byte")      \
     X(EXITED, 'x', "uint64 id, uint32 pid, int32 status, 18 int64 of rusage") \
     X(DONE, 'd', "uint64 token")                                              \
+    X(STATS, 'q', "uint64 token, a string list of keys and values")           \
     X(FAILED, 'f', "uint64 id, int32 errno, uint8 stage: no such process")    \
     X(SPAWNED, 's', "uint64 id, uint32 pid; its pidfd on the first byte")     \
     X(SPAWNED_BARE, 'b', "uint64 id, uint32 pid; no pidfd could be made")

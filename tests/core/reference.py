@@ -23,6 +23,7 @@ COMMANDS = {
     "FORK_ID": b"F",
     "FORK_MANY": b"M",
     "SPARES": b"w",
+    "STATS": b"q",
     "READY": b"y",
     "EXEC": b"x",
     "SPAWN": b"X",
@@ -33,6 +34,7 @@ REPORTS = {
     "ERROR": b"e",
     "RUNNING": b"r",
     "SOCKET": b"c",
+    "STATS": b"q",
     "EXITED": b"x",
     "DONE": b"d",
     "FAILED": b"f",
@@ -344,6 +346,8 @@ def parse(name: str, payload: bytes, fds) -> tuple:
             return number, pid, status, usage
         case "FAILED":
             return struct.unpack("=QiB", payload)
+        case "STATS":
+            return (*struct.unpack_from("=Q", payload), payload[8:])
         case "DONE":
             return struct.unpack("=Q", payload)
     assert not payload
