@@ -21,7 +21,24 @@ def main() -> int:
         "program, and prints what each process did and cost. The exit status is 0 "
         "if everything went as promised.",
     )
-    parser.parse_args()
+    commands.add_parser(
+        "ps",
+        help="list the processes of afork on this machine",
+        description="Lists templates, workers, spares and the programs that they "
+        "have started, as far as procfs may be read: age, PSS, private bytes, huge "
+        "pages, threads, title.",
+    )
+    commands.add_parser(
+        "tree",
+        help="the same, each below its parent, with the applications",
+        description="Shows the processes of afork below the applications that they "
+        "belong to.",
+    )
+    command = parser.parse_args().command
+    if command != "demo":
+        from . import _ps
+
+        return _ps.ps() if command == "ps" else _ps.tree()
 
     from . import _demo
 

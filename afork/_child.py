@@ -37,6 +37,9 @@ _STAGES = {
 #: Whether this process was made by afork.
 serving = False
 
+#: Descriptors that the main program had open, in a template forked from it.
+inherited: tuple[int, ...] = ()
+
 #: Whether the application's main program is being executed here once more.
 loading_main = False
 main_loaded = False
@@ -297,6 +300,11 @@ class Handler:
 
         return arrived(fd)
 
+    def stats(self, facts: dict[str, object]) -> bytes:
+        from . import _stats
+
+        return _stats.collect(facts)
+
     # -- forks
 
     def before_fork(self, sock: Any) -> bool:
@@ -453,8 +461,9 @@ def prepare() -> None:
     """What site would have done, and what every worker needs: once, here."""
     import site
 
-    from . import _handles  # noqa: F401
+    from . import _atfork, _handles  # noqa: F401
 
+    _atfork.watch()
     site.setquit()
     site.setcopyright()
     site.sethelper()

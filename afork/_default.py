@@ -98,8 +98,10 @@ def _replace(template: Process) -> None:
         _adopt(default_template(), template, unsent)
     except OSError as exc:
         for id, fd in unsent:
-            os.close(fd)
-            template.children.pop(id).fail(exc)
+            for child in _take(template, id, fd):
+                child.refuse(exc)
+            if fd >= 0:
+                os.close(fd)
 
 
 def _unsent(template: Process) -> list[tuple[int, int]]:
@@ -113,15 +115,31 @@ def _adopt(new: Process, old: Process, unsent: list[tuple[int, int]]) -> None:
     """Ask a new template for processes that the old one has not heard of."""
     assert new.channel is not None
     for id, fd in unsent:
-        child = old.children.pop(id)
-        if child.moved:  # once: a template that dies at once must not go round
-            old.children[id] = child
-            os.close(fd)
+        children = _take(old, id, fd)
+        if children and children[0].moved:
+            # Once: a template that dies at once must not go round.
+            old.children.update({child.id: child for child in children})
+            if fd >= 0:
+                os.close(fd)
             continue
-        child.moved = True
-        new.adopt(child)
-        new.channel.request(id, fd)
+        for child in children:
+            child.moved = True
+            new.adopt(child)
+        if fd >= 0:
+            new.channel.request(id, fd)
+        elif children:
+            new.request_many(children)
     new.flush()
+
+
+def _take(old: Process, id: int, fd: int) -> list[Process]:
+    """The processes of a request that was not sent; without fd it was for many."""
+    if fd >= 0:
+        return [old.children.pop(id)]
+    found = [c for c in old.children.values() if c.batch == id and c.coming]
+    for child in found:
+        del old.children[child.id]
+    return found
 
 
 def shutdown(seconds: float = 1.0) -> None:

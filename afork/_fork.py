@@ -7,7 +7,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from . import _afork, _interpreter
 from ._become import Exec, Run
@@ -19,6 +19,7 @@ from ._handles import descriptor_of
 from ._hub import hub
 from ._process import Process, dead_end, fork_process, fork_processes
 from ._state import next_id
+from ._stats_request import ask_stats
 
 if TYPE_CHECKING:
     import resource
@@ -144,7 +145,12 @@ class Fork:
         return self._wrap(fork_process(self._open("fork")))
 
     def fork_many(self, n: int) -> list[Self]:
-        """n new processes for one request; see `fork`."""
+        """n new processes for one request; see `fork`.
+
+        Their sockets are made by this process and arrive one by one; what is
+        configured meanwhile is queued. Without a running loop, configuring one
+        waits for its socket.
+        """
         process = self._open("fork_many")
         if n < 0:
             raise ValueError(f"n must not be negative: {n}")
@@ -315,6 +321,27 @@ class Fork:
         process.flush()
         return self
 
+    def spares(self, n: int) -> Self:
+        """Keep up to n processes in advance, so that a start takes a message.
+
+        They are forked while the process has nothing else to do, each with
+        what has been configured by then; what is configured later replaces
+        them. How many there are follows from how many are needed: between
+        none and n.
+
+        Args:
+            n: At most so many, up to 64; 0 for none, which is the default.
+        """
+        process, channel = self._channel("spares")
+        if process.plain:
+            raise AforkError("spares need a process in afork mode, this one is plain")
+        if not 0 <= n <= _afork.SPARES_MAX:
+            raise ValueError(f"spares must be 0 to {_afork.SPARES_MAX}: {n}")
+        channel.frame(_afork.CMD_SPARES, n.to_bytes(4, sys.byteorder))
+        process.forked = process.forked or n > 0  # it is their parent
+        process.flush()
+        return self
+
     async def ready(self) -> Self:
         """Wait until everything queued so far has run.
 
@@ -352,6 +379,21 @@ class Fork:
         if process.done < token:
             raise ClosedError("closed while ready was awaited")
         return self
+
+    async def stats(self) -> dict[str, Any]:
+        """What the process knows of itself: see the manual for the keys.
+
+        Executed in its turn, like everything that is queued; also after an
+        error.
+
+        Raises:
+            AforkError: a plain process.
+            TemplateError, WorkerLost: the process has died.
+        """
+        process, channel = self._channel("stats")
+        if process.plain:
+            raise AforkError("stats need a process in afork mode, this one is plain")
+        return await ask_stats(process, channel)
 
     # -- becoming something
 
@@ -527,9 +569,7 @@ class Fork:
             if process.channel is not None:
                 process.channel.strings(_afork.CMD_SET, [b"plain", b""])
                 process.flush()
-        await process.until(
-            lambda: process.channel is None or not process.channel.queued
-        )
+        await process.until(process.is_settled)
         process.raise_error()
         channel = process.channel
         if channel is None:

@@ -117,8 +117,17 @@ def _become_template(fd: int) -> None:
     atexit._clear()
     _reset_signals()
     _leave_imports()
+    _child.inherited = _open_but(fd)
     _child.prepare()
     _child.serve(fd, False)
+
+
+def _open_but(mine: int) -> tuple[int, ...]:
+    """The descriptors that the program had open beyond stdio, for stats()."""
+    fds = sorted(int(name) for name in os.listdir("/proc/self/fd"))
+    # The one that listed them is closed by now.
+    there = (fd for fd in fds if os.path.exists(f"/proc/self/fd/{fd}"))
+    return tuple(fd for fd in there if fd > 2 and fd != mine)
 
 
 def _reset_signals() -> None:

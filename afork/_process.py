@@ -52,7 +52,7 @@ class Process(Mortal):
         plain: bool = False,
     ) -> None:
         super().__init__(channel, id=id, parent=parent, plain=plain)
-        if channel is not None:
+        if channel is not None and channel.fileno() >= 0:
             hub().watch(channel.fileno(), self._on_event)
 
     def poll(self) -> None:
@@ -68,7 +68,9 @@ class Process(Mortal):
 
         Without a running loop there is nobody to send the rest, so this waits.
         """
-        while (fd := self._flush_some()) >= 0:
+        if self.coming:
+            self._expect_socket()
+        while not self.coming and (fd := self._flush_some()) >= 0:
             select_writable(fd)
 
     def _flush_some(self) -> int:
@@ -90,6 +92,47 @@ class Process(Mortal):
                     raise
                 self.broken = True
             return -1
+
+    def request_many(self, children: list[Process]) -> None:
+        """Queue the request for processes whose sockets are to come from us."""
+        if self.channel is not None:
+            ids = [child.id for child in children]
+            self.channel.fork_many(struct.pack(f"={len(ids)}Q", *ids))
+            for child in children:
+                child.batch = ids[0]
+        else:  # as late as if they had found the end of file
+            hub().later(0, self._orphan_children)
+
+    def _orphan_children(self) -> None:
+        for child in list(self.children.values()):
+            child._orphaned()
+        self.children.clear()
+
+    def _expect_socket(self) -> None:
+        """See to it that somebody reads our socket; without a loop this waits."""
+        while self.coming and not hub().attach_any():
+            hub().wait(0.1)  # another thread may read it meanwhile
+
+    def _attach(self, fd: int) -> None:
+        assert self.channel is not None
+        self.channel.attach(fd)
+        self._has_come()
+        hub().watch(fd, self._on_event)
+        if self._flush_some() >= 0:
+            self._set_events()
+        self._wake()
+
+    def _has_come(self) -> None:
+        """Its socket is there, or not expected any more."""
+        if self.coming:
+            self.coming = False
+            if self.parent is not None:
+                self.parent._listen(-1)
+
+    def is_settled(self) -> bool:
+        """Whether nothing is queued, and no child's socket is to come."""
+        queued = self.channel is not None and (self.coming or self.channel.queued)
+        return not queued and not any(c.coming for c in self.children.values())
 
     def _flushed(self) -> None:
         # What has failed and was to become something is of no use any more.
@@ -186,6 +229,14 @@ class Process(Mortal):
                 self.done = max(self.done, TOKEN.unpack(payload)[0])
             elif letter == _afork.REP_ERROR:
                 self.fail(error_from(payload))
+            elif letter == _afork.REP_STATS:
+                token = TOKEN.unpack(payload[:8])[0]
+                if self.stats is None:
+                    raise ValueError("an answer that nobody has asked for")
+                if token in self.stats:  # else its await was cancelled
+                    self.stats[token] = payload[8:]
+            elif letter == _afork.REP_SOCKET:
+                self._on_socket(TOKEN.unpack(payload)[0], fd)
             elif letter == _afork.REP_FAILED:
                 self._on_failed(*FAILED.unpack(payload))
             elif letter in (_afork.REP_SPAWNED, _afork.REP_SPAWNED_BARE):
@@ -258,6 +309,27 @@ class Process(Mortal):
         if self.parent is not None and self.parent.gone and not self.exited:
             self._learn_end()
 
+    def refuse(self, error: BaseException) -> None:
+        """There will be no such process."""
+        self.unused = self.channel is not None and not self.channel.queued
+        self.fail(error)
+        if self.coming:  # what was asked of it will not be, either
+            self._on_end()
+        self.exited = True
+        self._close()
+
+    def _on_socket(self, id: int, fd: int) -> None:
+        child = self.children.get(id)
+        if child is not None and child.coming and fd < 0:
+            self._on_failed(id, errno.EMFILE, 0)  # no descriptor was left for it
+        elif child is not None and child.coming:
+            try:
+                child._attach(fd)
+            except OSError as exc:
+                self._broken(f"a descriptor that is no process's socket: {exc}")
+        elif fd >= 0:
+            os.close(fd)  # it has been closed before it came
+
     def _on_failed(self, id: int, number: int, stage: int) -> None:
         child = self.children.pop(id, None)
         if child is None:
@@ -270,9 +342,7 @@ class Process(Mortal):
         if number == errno.ECANCELED and self.error is not None:
             error = TemplateError("the template has failed before", self.pid)
             error.__cause__ = self.error
-        child.exited = True
-        child.fail(error)
-        child._close()
+        child.refuse(error)
 
     # -- the end
 
@@ -299,18 +369,18 @@ class Process(Mortal):
             # The template's answer to a fork that failed: no exit will follow.
             self.parent.children.pop(self.id, None)
             self.on_exited(None, None)
-        for child in list(self.children.values()):
-            child._orphaned()
-        self.children.clear()
+        self._orphan_children()
         self._wake()
 
     def _orphaned(self) -> None:
         """Its template has gone: nobody reports its end any more."""
         if self.exited:
             return
+        if self.coming:
+            self._on_end()
         if self.channel is not None:
             return  # its own socket has the rest, perhaps its start
-        if not self.running and not self.executed:
+        if not (self.running or self.executed or self.released or self.gone):
             self._lose()  # a program that was never started
         self._learn_end()
 
@@ -431,7 +501,11 @@ class Process(Mortal):
         self.dropped = True
         hub().attach_any()  # somebody has to read until the end
         if not self.claimed:
-            self.log_error()
+            # Nor is it news that it has gone with its template.
+            parent = self.parent
+            known = parent is not None and parent.was_logged and parent.gone
+            if not self.unused and not (known and self.pid is None):
+                self.log_error()
             self.release()
         with hub().lock:
             self._drop_pidfd()
@@ -441,10 +515,13 @@ class Process(Mortal):
         if self.released or self.claimed:
             return
         self.released = True
+        if self.coming and self.channel is not None and not self.channel.queued:
+            self._close()  # it will find the end of file at once
         self.flush()
 
     def _close(self) -> None:
         channel, self.channel = self.channel, None
+        self._has_come()
         if channel is not None:
             hub().unwatch(channel.fileno())
             channel.close()
@@ -472,10 +549,6 @@ def dead_end() -> int:
     return ours.detach()
 
 
-#: Fork requests after which what is queued is sent: each holds a descriptor.
-_BATCH = 64
-
-
 def fork_process(parent: Process) -> Process:
     """Queue one fork and send it."""
     child = _queue_fork(parent)
@@ -484,17 +557,25 @@ def fork_process(parent: Process) -> Process:
 
 
 def fork_processes(parent: Process, n: int) -> list[Process]:
-    """Queue n forks and send them."""
-    children: list[Process] = []
-    try:
-        for i in range(n):
-            children.append(_queue_fork(parent))
-            if i % _BATCH == 0:
-                parent.flush()
-    except OSError:  # all or none
-        for child in children:
-            child.drop()
-        raise
+    """Queue n forks as one request and send it.
+
+    Their sockets come from the template, so that neither the loop nor the
+    table of descriptors has to take all of them at once. What is configured
+    meanwhile is queued.
+    """
+    if parent.plain or n < 2:
+        return [fork_process(parent) for _ in range(n)]
+    with hub().lock:
+        ids = [next_id() for _ in range(n)]
+        children = []
+        for id in ids:
+            child = Process(_afork.Channel(-1), id=id, parent=parent)
+            child.coming = True
+            children.append(child)
+        parent.children.update(zip(ids, children, strict=True))
+        parent.forked = True
+        parent._listen(n)
+        parent.request_many(children)
     parent.flush()
     return children
 

@@ -64,6 +64,14 @@ class State:
     callback: Callable[[socket.socket], object] | None = None
     #: Names for the message of a failed start, by its stage.
     names: tuple[str, ...] = ()
+    #: Its socket is still to come from its template.
+    coming = False
+    #: There is no such process, and nothing had been asked of it.
+    unused = False
+    #: The id of the first of those that were asked for together.
+    batch = 0
+    #: Answers to stats requests that nobody has taken yet, by token.
+    stats: dict[int, bytes | None] | None = None
     #: It was moved to another template once.
     moved = False
     #: Its reports are read when somebody asks, not as they come.
@@ -163,5 +171,4 @@ class State:
         child.parent = cast("Process", self)
         self.children[child.id] = child
         self.forked = True
-        if child._expecting:
-            self._listen(1)
+        self._listen(child._expecting + child.coming)

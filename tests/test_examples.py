@@ -211,4 +211,4 @@ def test_command_line_without_a_command(tmp_path):
     done = run("-m", "afork", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("usage: python -m afork [-h] {demo} ...\n")
+    assert done.stderr.startswith("usage: python -m afork [-h] {demo,ps,tree} ...\n")

@@ -226,6 +226,50 @@ def test_custom_template_killed(arun, queued):
     arun(main)
 
 
+def test_killed_with_sockets_to_come(arun):
+    """None of many has its socket yet, nor have those forked from them."""
+
+    async def main():
+        template = afork.Fork.new_exec()
+        await template.ready()
+        suspend(template.pid)
+        forks = template.fork_many(20)
+        inner = [p for f in forks[:5] for p in (*f.fork_many(2), f.fork())]
+        closed = forks.pop()
+        closed.close()
+        runs = [f.run("os.getpid") for f in (*forks[5:], *inner)]
+        os.kill(template.pid, signal.SIGKILL)
+        good, errors = await outcomes(runs)
+        assert good == 0
+        assert {type(e) for e in errors} <= {afork.TemplateError, afork.WorkerLost}
+        for f in forks[:5]:
+            with pytest.raises(afork.TemplateError):
+                await f.ready()
+        with pytest.raises(afork.WorkerLost):
+            await closed.wait()
+
+    arun(main)
+
+
+def test_many_that_were_not_sent_move_to_the_next_template(arun, log):  # noqa: F811
+    async def main():
+        default = afork.Fork.default()
+        await default.ready()
+        pid = default.pid
+        suspend(pid)
+        default.eval("x = 1", "x" * (8 << 20))  # the socket is full
+        forks = default.fork_many(10)
+        forks.pop(0).close()
+        os.kill(pid, signal.SIGKILL)
+        socks = await asyncio.gather(*(f.eval(ECHO).run("echo") for f in forks))
+        assert [await read_all(s) for s in socks] == [b"()"] * 9
+        assert afork.Fork.default().pid != pid
+        del default
+        log.lines.clear()  # what was configured on the old one
+
+    arun(main)
+
+
 def test_in_the_middle_of_a_frame(arun):
     async def main():
         template = afork.Fork.new_exec()

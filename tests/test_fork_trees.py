@@ -199,6 +199,64 @@ def test_fork_many_1000():
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
+def test_fork_many_without_a_loop(run_script):
+    """Configuring waits for the socket: there is nobody else to send it."""
+    run_script(
+        """
+        import asyncio, os
+        import afork
+
+        r, w = os.pipe()
+        template = afork.Fork.new().send_fh(w).eval("def f(s, w, n): w.write(n)")
+        inner, other = template.fork_many(2)
+        other.close()
+        for process in inner.fork_many(3):
+            process.send_arg(b"x").run("f")
+        os.close(w)
+        template.close()
+        inner.close()
+        del process
+        assert os.read(r, 1) == b"x"
+        assert len(os.read(r, 1) + os.read(r, 1)) == 2
+        os.close(r)
+        """.replace("\n        ", "\n"),
+    )
+
+
+def test_fork_many_of_one_whose_socket_is_to_come(arun):
+    """Configured, forked and closed before it is there."""
+
+    async def main():
+        f = afork.Fork.new().eval("x = 1")
+        first, second, third = f.fork_many(3)
+        assert second.pid is None
+        one, two = first.eval("x += 1").fork_many(2)
+        third.close()
+        del second
+        assert await asyncio.gather(ask(one, "x"), ask(two, "x")) == [2, 2]
+        first.close()
+        assert await third.wait() == 0
+        assert await first.wait() == 0
+        f.close()
+        assert await f.wait() == 0
+
+    arun(main)
+
+
+def test_fork_many_handed_over(arun):
+    """A template is not given away before its children's sockets are here."""
+
+    async def main():
+        f = afork.Fork.new()
+        children = f.fork_many(50)
+        other = afork.Fork.new_from_fh(await f.to_fh())
+        assert await asyncio.gather(*(ask(c, "7") for c in children)) == [7] * 50
+        assert await ask(other.fork(), "8") == 8
+        other.close()
+
+    arun(main)
+
+
 def test_fork_after_run_is_refused(arun):
     async def main():
         f = afork.Fork.new()

@@ -246,6 +246,7 @@ asyncio.run(main())
     ours = {n for n in names if n.startswith("afork.")}
     assert ours == {
         "afork._afork",
+        "afork._atfork",
         "afork._child",
         "afork._handles",
         "afork._memory",

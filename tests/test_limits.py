@@ -205,19 +205,24 @@ def test_descriptors_lost_in_the_template(arun):
     arun(main)
 
 
-@pytest.mark.parametrize("free", [0, 1, 2])
-def test_many_requests_of_which_some_are_lost(arun, free):
+@pytest.mark.parametrize(("one_by_one", "free"), [(1, 0), (1, 1), (0, 1), (0, 2)])
+def test_many_requests_of_which_some_are_lost(arun, one_by_one, free):
+    """fork takes one descriptor of the template at a time, fork_many two."""
+
     async def main():
         template = afork.Fork.new_exec().eval("def quit(sock): pass")
         await template.ready()
         n = max(descriptors_of(template.pid)) + 1
         with limited(template.pid, NOFILE, n + free):
-            results = await asyncio.gather(
-                *(f.run("quit") for f in template.fork_many(6)),
-                return_exceptions=True,
-            )
+            if one_by_one:
+                forks = [template.fork() for _ in range(6)]
+            else:
+                forks = template.fork_many(6)
+            runs = [f.run("quit") for f in forks]
+            results = await asyncio.gather(*runs, return_exceptions=True)
         lost = [r for r in results if isinstance(r, OSError)]
-        assert [e.errno for e in lost] == [errno.EMFILE] * (0 if free else 6)
+        enough = free >= (1 if one_by_one else 2)
+        assert [e.errno for e in lost] == [errno.EMFILE] * (0 if enough else 6)
         for sock in results:
             if not isinstance(sock, OSError):
                 await read_all(sock)

@@ -83,7 +83,7 @@ def test_core_never_prints_and_never_exits():
     for name in ("printf", "fprintf", "puts", "perror", "abort", "exit", "assert"):
         assert calls(name, CORE) == [], name
     # After vfork, and when the parent has gone.
-    assert set(in_files(calls("_exit", CORE))) == {"spawn.c", "serve.c"}
+    assert set(in_files(calls("_exit", CORE))) == {"spawn.c", "serve_forks.c"}
 
 
 def test_descriptors_are_close_on_exec_from_birth():

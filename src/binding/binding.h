@@ -36,6 +36,12 @@ extern PyType_Spec binding_link_spec;
 /* server.c */
 PyObject *binding_serve(PyObject *module, PyObject *args);
 PyObject *binding_fork(PyObject *module, PyObject *unused);
+
+struct afork_server;
+/* The server that this process is, or NULL and an exception. */
+struct afork_server *binding_serving(int **ret_keep_title);
+
+/* settings.c */
 PyObject *binding_detach(PyObject *module, PyObject *flag);
 PyObject *binding_keep_title(PyObject *module, PyObject *unused);
 PyObject *binding_report_again(PyObject *module, PyObject *unused);
@@ -43,6 +49,14 @@ PyObject *binding_make_plain(PyObject *module, PyObject *unused);
 /* The socket object that workers fill in, borrowed; or NULL.  It has to end
  * with its last reference. */
 PyObject *binding_worker_socket(void);
+
+/* Titles a spare, or a template that was one, unless somebody else has. */
+void binding_warm_title(int *is_spare, int on);
+
+/* stats.c */
+/* What the loop and the handler know of the process: malloc'ed, or NULL. */
+uint8_t *binding_stats(PyObject *handler, const struct afork_server *server,
+                       size_t *ret_len);
 
 /* worker.c */
 /* The function behind a name whose module is loaded; NULL without an
@@ -56,6 +70,8 @@ int binding_fill_socket_take(PyObject *blank, int fd);
 int binding_enter(PyObject *handler, PyObject *func, PyObject *sock,
                   struct afork_args *args);
 PyObject *binding_change_type(PyObject *module, PyObject *args);
+/* Does what entering a function does, with nothing to show for it. */
+void binding_warm(PyObject *blank, PyObject *count_exit_handlers);
 /* Whether nothing but a flush is left to do at the end of the process. */
 int binding_ends_plainly(PyObject *count_exit_handlers, PyObject *threading);
 /* By the function that closes a socket object, whatever comes of it. */

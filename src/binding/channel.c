@@ -10,6 +10,7 @@
 #include <limits.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 
 #include "fd.h"
 #include "outq.h"
@@ -54,7 +55,8 @@ channel_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     }
     if (!PyArg_ParseTuple(args, "i|p:Channel", &fd, &plain))
         return NULL;
-    r = afork_fd_nonblock(fd, 1);
+    /* Without a socket yet: frames are queued until attach. */
+    r = fd == AFORK_NOFD ? 0 : afork_fd_nonblock(fd, 1);
     return r < 0 ? binding_oserror(r) : channel_make(type, fd, plain);
 }
 
@@ -218,8 +220,6 @@ channel_fork(PyObject *self, PyObject *arg)
 
     if (id == (uint64_t)-1 && PyErr_Occurred())
         return NULL;
-    if (check_open(c) < 0)
-        return NULL;
     r = afork_fd_pair(pair);
     if (r < 0)
         return binding_oserror(r);
@@ -236,6 +236,53 @@ channel_fork(PyObject *self, PyObject *arg)
         return binding_oserror(r);
     }
     return child;
+}
+
+/* Gives the channel its socket, which a template has sent.  Consumed. */
+static PyObject *
+channel_attach(PyObject *self, PyObject *arg)
+{
+    Channel *c = (Channel *)self;
+    struct sockaddr_un peer;
+    socklen_t len = sizeof peer, size = sizeof(int);
+    int fd = fd_of(arg), type = 0, r;
+
+    if (fd < 0)
+        return NULL;
+    r = c->fd >= 0 ? -EISCONN : afork_fd_nonblock(fd, 1);
+    /* It may have sent anything: only this has the calls that will be used. */
+    if (r == 0 && (getpeername(fd, (struct sockaddr *)&peer, &len) < 0 ||
+                   getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) < 0))
+        r = -errno;
+    if (r == 0 && (peer.sun_family != AF_UNIX || type != SOCK_STREAM))
+        r = -ENOTSOCK;
+    if (r < 0)
+        afork_fd_close(&fd);
+    else
+        c->fd = fd;
+    return status_none(r);
+}
+
+/* Queues one request for many processes; its tag is the first id. */
+static PyObject *
+channel_fork_many(PyObject *self, PyObject *arg)
+{
+    Channel *c = (Channel *)self;
+    Py_buffer ids;
+    uint64_t first;
+    int r = -EINVAL;
+
+    if (PyObject_GetBuffer(arg, &ids, PyBUF_SIMPLE) < 0)
+        return NULL;
+    if (ids.len > (Py_ssize_t)AFORK_FRAME_MAX)
+        r = -E2BIG;
+    else if (ids.len >= (Py_ssize_t)sizeof first) {
+        memcpy(&first, ids.buf, sizeof first);
+        r = afork_outq_tagged(&c->out, AFORK_CMD_FORK_MANY, ids.buf,
+                              (size_t)ids.len, first);
+    }
+    PyBuffer_Release(&ids);
+    return status_none(r);
 }
 
 static PyObject *
@@ -387,6 +434,8 @@ static PyMethodDef methods[] = {
     {"strings", channel_strings, METH_VARARGS, NULL},
     {"handles", channel_handles, METH_O, NULL},
     {"fork", channel_fork, METH_O, NULL},
+    {"fork_many", channel_fork_many, METH_O, NULL},
+    {"attach", channel_attach, METH_O, NULL},
     {"request", channel_request, METH_VARARGS, NULL},
     {"reclaim", channel_reclaim, METH_NOARGS, NULL},
     {"flush", channel_flush, METH_NOARGS, NULL},

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "link.h"
+#include "spares.h"
 
 PyObject *
 binding_oserror_name(int status, PyObject *filename)
@@ -192,6 +193,8 @@ add_constants(PyObject *module)
         return -1;
     if (PyModule_AddIntConstant(module, "LINK_FRAME_MAX",
                                 AFORK_LINK_FRAME_MAX) < 0)
+        return -1;
+    if (PyModule_AddIntConstant(module, "SPARES_MAX", AFORK_SPARES_MAX) < 0)
         return -1;
     return PyModule_AddIntConstant(module, "HANDLES_MAX", AFORK_HANDLES_MAX);
 }

@@ -35,6 +35,7 @@ struct py_server {
     PyObject *name_threading, *name_flush; /* strong: made before any fork */
     struct binding_stdio stdio;            /* as it was at the last fork */
     int keep_title;                        /* the title was set by hand */
+    int spare_title;                       /* the title is that of a spare */
     PyThreadState *thread;                 /* released while the loop waits */
     int dirty;        /* Python has run since the last fork */
     int interested;   /* signals may have handlers in Python */
@@ -103,6 +104,7 @@ op_command(void *self, uint8_t letter, const uint8_t *payload, size_t len,
     PyEval_RestoreThread(p->thread);
     p->dirty = 1;
     binding_memory_command();
+    binding_warm_title(&p->spare_title, 0);
     r = take_answer(PyObject_CallMethod(p->handler, "command", "iy#", letter,
                                         len ? (const char *)payload : "",
                                         (Py_ssize_t)len),
@@ -142,6 +144,30 @@ op_find(void *self, const uint8_t *name, size_t len,
     }
     p->thread = PyEval_SaveThread();
     return r;
+}
+
+static void
+op_warm(void *self)
+{
+    struct py_server *p = self;
+
+    PyEval_RestoreThread(p->thread);
+    binding_warm_title(&p->spare_title, !p->keep_title);
+    binding_warm(p->sock, p->count_exit_handlers);
+    p->thread = PyEval_SaveThread();
+}
+
+static uint8_t *
+op_stats(void *self, size_t *ret_len)
+{
+    struct py_server *p = self;
+    uint8_t *data;
+
+    PyEval_RestoreThread(p->thread);
+    p->dirty = 1;
+    data = binding_stats(p->handler, &p->server, ret_len);
+    p->thread = PyEval_SaveThread();
+    return data;
 }
 
 static void
@@ -277,6 +303,8 @@ static const struct afork_ops ops = {
     .command = op_command,
     .find = op_find,
     .fork = op_fork,
+    .warm = op_warm,
+    .stats = op_stats,
     .interrupted = op_interrupted,
     .environ = op_environ,
 };
@@ -424,61 +452,13 @@ binding_worker_socket(void)
     return current ? current->sock : NULL;
 }
 
-static int
-check_serving(void)
+struct afork_server *
+binding_serving(int **ret_keep_title)
 {
-    if (current)
-        return 0;
-    PyErr_SetString(PyExc_RuntimeError, "not in a server process");
-    return -1;
-}
-
-/* The title was chosen by the application: run does not change it. */
-PyObject *
-binding_keep_title(PyObject *module, PyObject *unused)
-{
-    (void)module;
-    (void)unused;
-    if (check_serving() < 0)
+    if (!current) {
+        PyErr_SetString(PyExc_RuntimeError, "not in a server process");
         return NULL;
-    current->keep_title = 1;
-    Py_RETURN_NONE;
-}
-
-/* The started report goes out once more: somebody else listens now. */
-PyObject *
-binding_report_again(PyObject *module, PyObject *unused)
-{
-    (void)module;
-    (void)unused;
-    if (check_serving() < 0)
-        return NULL;
-    current->server.started = 0;
-    Py_RETURN_NONE;
-}
-
-/* From here on a foreign peer listens, who knows no reports. */
-PyObject *
-binding_make_plain(PyObject *module, PyObject *unused)
-{
-    (void)module;
-    (void)unused;
-    if (check_serving() < 0)
-        return NULL;
-    current->server.plain = 1;
-    Py_RETURN_NONE;
-}
-
-PyObject *
-binding_detach(PyObject *module, PyObject *flag)
-{
-    int on = PyObject_IsTrue(flag);
-
-    (void)module;
-    if (on < 0 || check_serving() < 0)
-        return NULL;
-    current->server.detached = on;
-    if (prctl(PR_SET_PDEATHSIG, on ? 0 : SIGKILL) < 0)
-        return binding_oserror(-errno);
-    Py_RETURN_NONE;
+    }
+    *ret_keep_title = &current->keep_title;
+    return &current->server;
 }

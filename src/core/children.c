@@ -63,6 +63,15 @@ afork_children_add(struct afork_children *c, pid_t pid, uint64_t id)
     c->n++;
 }
 
+void
+afork_children_name(struct afork_children *c, pid_t pid, uint64_t id)
+{
+    size_t at = find(c, pid);
+
+    if (at < c->n && c->list[at].pid == pid)
+        c->list[at].id = id;
+}
+
 /* Reaps the child at an index if it has exited: 1, or 0. */
 static int
 reap_one(struct afork_children *c, size_t at, afork_child_exited *exited,

@@ -24,6 +24,9 @@ void afork_children_free(struct afork_children *c);
 int afork_children_reserve(struct afork_children *c);
 void afork_children_add(struct afork_children *c, pid_t pid, uint64_t id);
 
+/* Gives a child another id. */
+void afork_children_name(struct afork_children *c, pid_t pid, uint64_t id);
+
 typedef void afork_child_exited(void *arg, const struct afork_child *child,
                                 int status, const struct rusage *usage);
 

@@ -143,10 +143,11 @@ afork_outq_list(struct afork_outq *q, uint8_t letter,
     return 0;
 }
 
-int
-afork_outq_fd_take(struct afork_outq *q, enum afork_carry carry,
-                   uint8_t letter, const void *payload, size_t len, int fd,
-                   uint64_t tag)
+/* Queues a frame and remembers where it begins; the descriptor stays the
+ * caller's if that fails. */
+static int
+put_marked(struct afork_outq *q, enum afork_carry carry, uint8_t letter,
+           const void *payload, size_t len, int fd, uint64_t tag)
 {
     uint64_t frame = afork_outq_end(q);
     int r = reserve_fds(q, 1);
@@ -155,12 +156,10 @@ afork_outq_fd_take(struct afork_outq *q, enum afork_carry carry,
         r = reserve_bytes(q, AFORK_HEAD_SIZE + len + 1);
     if (r == 0)
         r = afork_outq_frame(q, letter, payload, len);
-    if (r < 0) {
-        afork_fd_close(&fd);
+    if (r < 0)
         return r;
-    }
     q->fds[q->fds_tail++] = (struct afork_outq_fd){
-        .at = carry == AFORK_CARRY_FIRST ? frame : afork_outq_end(q),
+        .at = carry == AFORK_CARRY_BEHIND ? afork_outq_end(q) : frame,
         .frame = frame,
         .tag = tag,
         .fd = fd,
@@ -168,6 +167,26 @@ afork_outq_fd_take(struct afork_outq *q, enum afork_carry carry,
     if (carry == AFORK_CARRY_BEHIND)
         put_bytes(q, "", 1);
     return 0;
+}
+
+int
+afork_outq_fd_take(struct afork_outq *q, enum afork_carry carry,
+                   uint8_t letter, const void *payload, size_t len, int fd,
+                   uint64_t tag)
+{
+    int r = put_marked(q, carry, letter, payload, len, fd, tag);
+
+    if (r < 0)
+        afork_fd_close(&fd);
+    return r;
+}
+
+int
+afork_outq_tagged(struct afork_outq *q, uint8_t letter, const void *payload,
+                  size_t len, uint64_t tag)
+{
+    return put_marked(q, AFORK_CARRY_NONE, letter, payload, len, AFORK_NOFD,
+                      tag);
 }
 
 int

@@ -14,7 +14,7 @@ struct afork_outq_fd {
     uint64_t at;    /* position of its byte in the stream */
     uint64_t frame; /* position of the frame that announces it */
     uint64_t tag;   /* the caller's; 0 for none */
-    int fd;         /* owned */
+    int fd;         /* owned; AFORK_NOFD for a frame that only has a tag */
 };
 
 struct afork_outq {
@@ -58,14 +58,18 @@ int afork_outq_fd_take(struct afork_outq *q, enum afork_carry carry,
 int afork_outq_many(struct afork_outq *q, const void *head, size_t head_len,
                     const void *payload, size_t len, const int *fds, size_t n);
 
+/* Queue a frame that can be taken back as long as none of it is sent. */
+int afork_outq_tagged(struct afork_outq *q, uint8_t letter,
+                      const void *payload, size_t len, uint64_t tag);
+
 /*
  * Sends what the socket accepts without waiting: 1 when all is sent, 0 when
  * the socket is full, -errno when it is broken.
  */
 int afork_outq_flush(struct afork_outq *q, int sock);
 
-/* Takes back a descriptor with a tag none of whose frame has been sent:
- * 1 and its tag and descriptor (given to the caller), or 0. */
+/* Takes back what has a tag and none of whose frame has been sent: 1, its tag
+ * and its descriptor (given to the caller) or AFORK_NOFD; or 0. */
 int afork_outq_reclaim(struct afork_outq *q, uint64_t *ret_tag, int *ret_fd);
 
 #endif

@@ -9,6 +9,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "fd.h"
+
 #ifndef SYS_pidfd_open
 #define SYS_pidfd_open 434
 #endif
@@ -20,8 +22,8 @@ silent(const struct afork_server *s)
 }
 
 /* Close-on-exec from birth, says pidfd_open(2). */
-static int
-open_pidfd(pid_t pid)
+int
+afork_report_pidfd(pid_t pid)
 {
     return (int)syscall(SYS_pidfd_open, pid, 0);
 }
@@ -29,13 +31,15 @@ open_pidfd(pid_t pid)
 void
 afork_report_started(struct afork_server *s)
 {
-    uint32_t pid = (uint32_t)getpid();
+    uint32_t pid;
     int fd;
 
     if (s->started || silent(s))
         return;
     s->started = 1;
-    fd = open_pidfd((pid_t)pid);
+    pid = (uint32_t)getpid();
+    fd = s->pidfd >= 0 ? s->pidfd : afork_report_pidfd((pid_t)pid);
+    s->pidfd = AFORK_NOFD;
     if (fd < 0)
         afork_outq_frame(&s->out, AFORK_REP_STARTED_BARE, &pid, sizeof pid);
     else
@@ -63,6 +67,27 @@ afork_report_done(struct afork_server *s, uint64_t token)
 {
     if (!silent(s))
         afork_outq_frame(&s->out, AFORK_REP_DONE, &token, sizeof token);
+}
+
+void
+afork_report_stats(struct afork_server *s, uint64_t token, const uint8_t *data,
+                   size_t len)
+{
+    uint8_t *payload = malloc(sizeof token + len);
+
+    /* Without memory an empty answer: somebody waits for it. */
+    if (silent(s))
+        len = 0;
+    else if (!payload || len > AFORK_FRAME_MAX - sizeof token)
+        afork_outq_frame(&s->out, AFORK_REP_STATS, &token, sizeof token);
+    else {
+        memcpy(payload, &token, sizeof token);
+        if (len)
+            memcpy(payload + sizeof token, data, len);
+        afork_outq_frame(&s->out, AFORK_REP_STATS, payload,
+                         sizeof token + len);
+    }
+    free(payload);
 }
 
 void
@@ -116,6 +141,18 @@ afork_report_failed(struct afork_server *s, uint64_t id, int error,
 }
 
 void
+afork_report_socket_take(struct afork_server *s, uint64_t id, int sock)
+{
+    if (silent(s)) {
+        afork_fd_close(&sock);
+        return;
+    }
+    afork_report_started(s);
+    afork_outq_fd_take(&s->out, AFORK_CARRY_FIRST, AFORK_REP_SOCKET, &id,
+                       sizeof id, sock, 0);
+}
+
+void
 afork_report_spawned(struct afork_server *s, uint64_t id, pid_t pid)
 {
     uint8_t payload[8 + 4];
@@ -126,7 +163,8 @@ afork_report_spawned(struct afork_server *s, uint64_t id, pid_t pid)
         return;
     memcpy(payload, &id, 8);
     memcpy(payload + 8, &number, 4);
-    fd = open_pidfd(pid); /* our child, not reaped yet: cannot be another's */
+    fd = afork_report_pidfd(
+        pid); /* our child, not reaped yet: cannot be another's */
     if (fd < 0)
         afork_outq_frame(&s->out, AFORK_REP_SPAWNED_BARE, payload,
                          sizeof payload);

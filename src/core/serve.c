@@ -18,13 +18,12 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/prctl.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "fd.h"
 #include "report.h"
 #include "serve_parts.h"
-#include "spawn.h"
 
 static struct afork_str
 str_of(const char *text)
@@ -46,6 +45,8 @@ afork_server_init_take(struct afork_server *s, int sock, int plain,
     afork_outq_init(&s->out);
     afork_args_init(&s->args);
     afork_children_init(&s->children);
+    afork_spares_init(&s->spares);
+    s->pidfd = AFORK_NOFD;
     afork_reader_prepare(&s->in);
     afork_outq_prepare(&s->out);
 }
@@ -54,6 +55,8 @@ void
 afork_server_free(struct afork_server *s)
 {
     afork_fd_close(&s->sock);
+    afork_fd_close(&s->pidfd);
+    afork_spares_forget(&s->spares);
     afork_reader_free(&s->in);
     afork_outq_free(&s->out);
     afork_args_free(&s->args);
@@ -91,9 +94,18 @@ child_exited(void *arg, const struct afork_child *child, int status,
              const struct rusage *usage)
 {
     struct afork_server *s = arg;
+    struct afork_child one = *child;
 
-    if (child->id)
-        afork_report_exited(s, child, status, usage);
+    afork_spares_exited(s, &one);
+    if (one.id)
+        afork_report_exited(s, &one, status, usage);
+}
+
+void
+afork_server_reap(struct afork_server *s)
+{
+    if (s->children.n && afork_signals_chld())
+        afork_children_reap(&s->children, child_exited, s);
 }
 
 /* From here on the process executes nothing: it answers forks and waits. */
@@ -132,6 +144,7 @@ handle_command(struct afork_server *s, const struct afork_frame *frame)
 {
     int r;
 
+    afork_spares_drop(s);
     afork_report_started(s);
     afork_server_flush(s);
     afork_signals_open(&s->signals);
@@ -164,127 +177,6 @@ handle_handle(struct afork_server *s, const struct afork_frame *frame)
     return r < 0 ? r : AFORK_NEXT;
 }
 
-void
-afork_server_forked(struct afork_server *s, pid_t parent)
-{
-    if (s->sock < 0) /* it was called already */
-        return;
-    afork_fd_close(
-        &s->sock); /* a second holder would hide our parent's death */
-    if (s->plain || s->detached)
-        return;
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (getppid() != parent)
-        _exit(1); /* it died before we could ask to be told */
-}
-
-/* Turns the forked process into a server of its own on sock. */
-static void
-become_child(struct afork_server *s, int sock, pid_t parent)
-{
-    afork_server_forked(s, parent);
-    afork_outq_reset(&s->out); /* its reports are not ours to send */
-    afork_reader_reset(&s->in);
-    s->children.n = 0;
-    s->sock = sock;
-    s->started = 0;
-    s->mute = 0;
-}
-
-/* One fork on behalf of the new socket; in the child 1. */
-static int
-fork_one_take(struct afork_server *s, int sock, uint64_t id)
-{
-    pid_t parent = getpid(), pid;
-    sigset_t old;
-    int r = afork_children_reserve(&s->children);
-
-    if (r == 0) {
-        afork_signals_block_all(&old);
-        pid = s->ops->fork(s->self);
-        if (pid == 0)
-            become_child(s, sock, parent);
-        afork_signals_restore(&old);
-        if (pid == 0)
-            return 1;
-        r = pid < 0 ? (int)pid : 0;
-        if (pid > 0)
-            afork_children_add(&s->children, pid, id);
-    }
-    if (r < 0 && !s->plain) {
-        struct afork_failure f = {NULL, 0};
-        struct afork_outq q;
-
-        /* The new process's owner asked; its socket is where it listens. */
-        afork_outq_init(&q);
-        if (afork_failure_set(&f, "fork", -r, str_of("OSError"),
-                              str_of(strerror(-r)), str_of(""),
-                              str_of("")) == 0 &&
-            afork_outq_frame(&q, AFORK_REP_ERROR, f.payload, f.len) == 0)
-            afork_outq_flush(&q, sock);
-        afork_outq_free(&q);
-        free(f.payload);
-    }
-    afork_fd_close(&sock);
-    return 0;
-}
-
-/* Tells the owner of a new process why its template makes no more. */
-static void
-answer_failure_take(struct afork_server *s, int sock)
-{
-    struct afork_outq q;
-
-    afork_outq_init(&q);
-    if (!s->plain && afork_outq_frame(&q, AFORK_REP_ERROR, s->failure.payload,
-                                      s->failure.len) == 0)
-        afork_outq_flush(&q, sock);
-    afork_outq_free(&q);
-    afork_fd_close(&sock);
-}
-
-/* A new process on sock, which may have been lost on the way. */
-static int
-fork_for_take(struct afork_server *s, int sock, uint64_t id)
-{
-    if (sock < 0)
-        afork_report_failed(s, id, EMFILE, AFORK_STAGE_FORK);
-    else if (s->failure.payload)
-        answer_failure_take(s, sock);
-    else if (fork_one_take(s, sock, id))
-        return AFORK_NEXT;
-    /* Also here: a template that is never idle must not collect zombies. */
-    afork_children_reap(&s->children, child_exited, s);
-    return AFORK_NEXT;
-}
-
-/* The original's fork: the socket is the last pending argument. */
-static int
-handle_fork(struct afork_server *s)
-{
-    int sock;
-
-    if (!afork_args_tail_is_handles(&s->args, 1))
-        return afork_server_protocol_error(s, "fork without a socket");
-    sock = afork_args_pop_fd(&s->args);
-    return sock < 0 ? AFORK_NEXT
-                    : fork_for_take(s, sock, 0); /* lost: no id to report */
-}
-
-static int
-handle_fork_id(struct afork_server *s, struct afork_frame *frame)
-{
-    int sock = frame->fd;
-    uint64_t id;
-
-    if (frame->len != sizeof id) {
-        afork_fd_close(&sock);
-        return afork_server_protocol_error(s, "malformed fork request");
-    }
-    memcpy(&id, frame->payload, sizeof id);
-    return fork_for_take(s, sock, id);
-}
-
 static int
 handle_ready(struct afork_server *s, const struct afork_frame *frame)
 {
@@ -299,12 +191,43 @@ handle_ready(struct afork_server *s, const struct afork_frame *frame)
 }
 
 static int
+handle_stats(struct afork_server *s, const struct afork_frame *frame)
+{
+    uint8_t *data;
+    size_t len = 0;
+    uint64_t token;
+
+    if (frame->len != sizeof token)
+        return afork_server_protocol_error(s, "malformed stats request");
+    memcpy(&token, frame->payload, sizeof token);
+    afork_report_started(s);
+    data = s->ops->stats(s->self, &len);
+    afork_report_stats(s, token, data, data ? len : 0);
+    free(data);
+    return AFORK_NEXT;
+}
+
+static int
+handle_spares(struct afork_server *s, const struct afork_frame *frame)
+{
+    uint32_t most;
+
+    if (frame->len != sizeof most)
+        return afork_server_protocol_error(s, "malformed spares request");
+    memcpy(&most, frame->payload, sizeof most);
+    afork_spares_set(s, most);
+    return AFORK_NEXT;
+}
+
+static int
 handle_run(struct afork_server *s, const struct afork_frame *frame)
 {
     if (afork_args_tail_has_lost(&s->args, s->args.n))
         return afork_server_fail(
             s, "run", EMFILE, "OSError",
             "a descriptor was lost: no free slot in the process", "");
+    if (afork_server_settle(s))
+        return AFORK_NEXT;
     afork_report_started(s);
     if (s->ops->find(s->self, frame->payload, frame->len, &s->failure) < 0)
         return callback_failed(s);
@@ -318,10 +241,14 @@ handle_run(struct afork_server *s, const struct afork_frame *frame)
 static int
 dispatch(struct afork_server *s, struct afork_frame *frame)
 {
+    afork_spares_check_args(s);
     if (s->failure.payload && frame->letter == AFORK_CMD_SPAWN)
         return afork_server_refuse_spawn(s, frame);
     if (s->failure.payload && frame->letter != AFORK_CMD_HANDLE &&
-        frame->letter != AFORK_CMD_FORK && frame->letter != AFORK_CMD_FORK_ID)
+        frame->letter != AFORK_CMD_FORK &&
+        frame->letter != AFORK_CMD_FORK_ID &&
+        frame->letter != AFORK_CMD_FORK_MANY &&
+        (frame->letter != AFORK_CMD_STATS || s->plain))
         return AFORK_NEXT;
     switch (frame->letter) {
     case AFORK_CMD_EVAL:
@@ -331,7 +258,7 @@ dispatch(struct afork_server *s, struct afork_frame *frame)
     case AFORK_CMD_HANDLE:
         return handle_handle(s, frame);
     case AFORK_CMD_FORK:
-        return handle_fork(s);
+        return afork_server_fork(s);
     case AFORK_CMD_RUN:
         return handle_run(s, frame);
     }
@@ -347,7 +274,13 @@ dispatch(struct afork_server *s, struct afork_frame *frame)
     case AFORK_CMD_TEXT:
         return handle_strings(s, AFORK_ARG_TEXT, frame);
     case AFORK_CMD_FORK_ID:
-        return handle_fork_id(s, frame);
+        return afork_server_fork_id(s, frame);
+    case AFORK_CMD_FORK_MANY:
+        return afork_server_fork_many(s, frame);
+    case AFORK_CMD_STATS:
+        return handle_stats(s, frame);
+    case AFORK_CMD_SPARES:
+        return handle_spares(s, frame);
     case AFORK_CMD_READY:
         return handle_ready(s, frame);
     case AFORK_CMD_EXEC:
@@ -359,21 +292,59 @@ dispatch(struct afork_server *s, struct afork_frame *frame)
     }
 }
 
-/* Waits for a command, a child, or room for a report; the POLL* of the socket. */
-static short
-wait_event(struct afork_server *s, int eof)
+/* Waits for a command, a child, an answer of a spare, or room for a report, at
+ * most so many milliseconds.  The POLL* of the socket; -1 when time is up. */
+static int
+wait_event(struct afork_server *s, short events, int timeout)
 {
-    struct pollfd p = {.fd = s->sock};
+    struct pollfd fds[1 + AFORK_SPARES_MAX] = {{.fd = s->sock}};
+    struct timespec time = {timeout / 1000, timeout % 1000 * 1000000L};
+    size_t all = 1 + afork_spares_poll(&s->spares, fds + 1);
     int n;
 
-    if (!eof)
-        p.events |= POLLIN;
+    fds[0].events = events;
     if (afork_outq_len(&s->out))
-        p.events |= POLLOUT;
-    n = ppoll(&p, 1, NULL, &s->signals.wait_mask);
+        fds[0].events |= POLLOUT;
+    n = ppoll(fds, all, timeout < 0 ? NULL : &time, &s->signals.wait_mask);
     if (n < 0 && errno == EINTR)
         s->ops->interrupted(s->self);
-    return n > 0 ? p.revents : 0;
+    if (n > 0 && all > 1)
+        afork_spares_answers(s);
+    /* A descriptor may be about to come. */
+    if (n > 0 && fds[0].revents & POLLIN)
+        afork_spares_make_room(s);
+    return n > 0 ? fds[0].revents : n < 0 ? 0 : -1;
+}
+
+/* There is no command to execute: waits for one, or makes a spare. */
+static int
+idle(struct afork_server *s)
+{
+    afork_report_started(s);
+    afork_server_reap(s);
+    afork_server_flush(s);
+    if (afork_server_fork_orphans(s))
+        return AFORK_NEXT;
+    if (wait_event(s, POLLIN, afork_spares_timeout(s)) >= 0)
+        return AFORK_NEXT;
+    return afork_spares_tend(s);
+}
+
+int
+afork_server_settle(struct afork_server *s)
+{
+    struct pollfd fds[AFORK_SPARES_MAX];
+    size_t n;
+
+    afork_spares_set(s, 0);
+    while (s->spares.n) {
+        if (afork_server_fork_orphans(s))
+            return 1;
+        n = afork_spares_poll(&s->spares, fds);
+        if (n && poll(fds, n, -1) > 0)
+            afork_spares_answers(s);
+    }
+    return 0;
 }
 
 /* After end of file: half closed, but there are children to reap and perhaps
@@ -381,12 +352,15 @@ wait_event(struct afork_server *s, int eof)
 static int
 finish(struct afork_server *s)
 {
+    afork_spares_set(s, 0);
     for (;;) {
-        afork_children_reap(&s->children, child_exited, s);
+        afork_server_reap(s);
         afork_server_flush(s);
+        if (afork_server_fork_orphans(s))
+            return AFORK_NEXT;
         if (s->plain || (!s->children.n && !afork_outq_len(&s->out)))
             return AFORK_END;
-        if (wait_event(s, 1) & (POLLHUP | POLLERR))
+        if (wait_event(s, 0, -1) & (POLLHUP | POLLERR))
             return AFORK_END; /* the application has gone: they go with us */
     }
 }
@@ -406,12 +380,13 @@ afork_serve(struct afork_server *s)
         int got = afork_reader_next(&s->in, s->sock, &frame);
 
         if (got > 0) {
+            int carried = frame.fd >= 0;
+
             r = dispatch(s, &frame);
+            if (carried)
+                afork_spares_make_room(s);
         } else if (got == 0) {
-            afork_report_started(s);
-            afork_children_reap(&s->children, child_exited, s);
-            afork_server_flush(s);
-            wait_event(s, 0);
+            r = idle(s);
         } else if (got == -EPIPE) {
             r = finish(s);
         } else {

@@ -10,6 +10,7 @@
 #include "outq.h"
 #include "reader.h"
 #include "signals.h"
+#include "spares.h"
 #include "wire.h"
 
 /* What went wrong in a callback; strings are borrowed until it returns to it. */
@@ -39,10 +40,23 @@ struct afork_ops {
     /* fork(2) with all that the language needs around it; -errno.  Calls
      * afork_server_forked before anything that is not the core's own. */
     pid_t (*fork)(void *self);
+    /* In a spare: touches what starts touch, so that they need not. */
+    void (*warm)(void *self);
+    /* What is known of the process: malloc'ed, or NULL. */
+    uint8_t *(*stats)(void *self, size_t *ret_len);
     /* Something interrupted the wait: handlers of the language may be due. */
     void (*interrupted)(void *self);
     /* The environment of programs that are started without one. */
     char *const *(*environ)(void *self);
+};
+
+/* The processes of one request whose sockets have been made in advance: so
+ * many at a time, as each takes two descriptors. */
+enum { AFORK_BATCH = 64 };
+struct afork_batch {
+    int socks[AFORK_BATCH]; /* owned: ends of processes still to be forked */
+    uint64_t ids[AFORK_BATCH];
+    size_t n;
 };
 
 struct afork_server {
@@ -54,6 +68,10 @@ struct afork_server {
     struct afork_outq out;
     struct afork_args args;
     struct afork_children children;
+    struct afork_batch batch;
+    struct afork_spares spares;
+    int pidfd;       /* owned: our own, opened in advance, or AFORK_NOFD */
+    uint64_t starts; /* processes that were asked for */
     struct afork_signals signals;
     struct afork_failure failure; /* once set, no command is executed */
     int started;                  /* the started report has been queued */

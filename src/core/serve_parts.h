@@ -17,6 +17,29 @@ int afork_server_fail(struct afork_server *s, const char *stage, int error,
 /* The stream means nothing any more: reports that, and ends the loop. */
 int afork_server_protocol_error(struct afork_server *s, const char *message);
 
+/* Reaps what has exited, and reports it. */
+void afork_server_reap(struct afork_server *s);
+
+/* FORK, FORK_ID and FORK_MANY: they return in every process that they make. */
+int afork_server_fork(struct afork_server *s);
+int afork_server_fork_id(struct afork_server *s, struct afork_frame *frame);
+int afork_server_fork_many(struct afork_server *s,
+                           const struct afork_frame *frame);
+
+/* The same for requests whose spare has died; 1 in a process made so. */
+int afork_server_fork_orphans(struct afork_server *s);
+/*
+ * Forks a spare that waits at link.  *ret_pid is its pid, or -errno.  In the
+ * spare 0, and it returns when there is something to do: AFORK_NEXT if it has
+ * become a process that was asked for, AFORK_END if it is not needed.
+ */
+int afork_server_fork_spare_take(struct afork_server *s, int link,
+                                 pid_t *ret_pid);
+
+/* Before the process becomes something else: no spares, and none that has yet
+ * to answer.  1 in a process that had to be forked for that. */
+int afork_server_settle(struct afork_server *s);
+
 /* EXEC: returns only if the program could not be executed. */
 int afork_server_exec(struct afork_server *s, const struct afork_frame *frame);
 /* SPAWN. */

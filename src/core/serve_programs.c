@@ -26,6 +26,8 @@ afork_server_exec(struct afork_server *s, const struct afork_frame *frame)
     struct afork_execreq q;
     int r;
 
+    if (afork_server_settle(s))
+        return AFORK_NEXT;
     r = afork_execreq_get(&q, list, &s->args, s->ops->environ(s->self));
     if (r == -EPROTO)
         return afork_server_protocol_error(s, "malformed exec request");

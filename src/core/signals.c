@@ -4,16 +4,20 @@
 
 #include <string.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 static const int managed[AFORK_MANAGED] = {SIGINT, SIGQUIT, SIGTERM,
                                            SIGHUP, SIGTSTP, SIGCHLD};
 
+static volatile sig_atomic_t chld_seen = 1;
+
 /* Not SIG_IGN: that would survive exec into every program started here. */
 static void
 swallow(int sig)
 {
-    (void)sig;
+    if (sig == SIGCHLD)
+        chld_seen = 1;
 }
 
 static void
@@ -62,6 +66,21 @@ afork_signals_close(struct afork_signals *s)
 {
     chld_mask(SIG_BLOCK);
     install(s);
+    chld_seen = 1; /* whoever it was delivered to */
+}
+
+int
+afork_signals_chld(void)
+{
+    const struct timespec none = {0, 0};
+    int seen = chld_seen;
+    sigset_t chld;
+
+    /* A template that is never idle does not open the signal. */
+    sigemptyset(&chld);
+    sigaddset(&chld, SIGCHLD);
+    chld_seen = 0;
+    return sigtimedwait(&chld, NULL, &none) == SIGCHLD || seen;
 }
 
 void

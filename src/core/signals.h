@@ -31,6 +31,10 @@ void afork_signals_leave(struct afork_signals *s);
  * of what has interrupted the wait. */
 int afork_signals_foreign(void);
 
+/* Whether a child may have ended since the last call.  Asking the kernel for
+ * each child would cost more with each that lives. */
+int afork_signals_chld(void);
+
 /* Blocks everything around a fork, and undoes it. */
 void afork_signals_block_all(sigset_t *ret_old);
 void afork_signals_restore(const sigset_t *old);

@@ -13,7 +13,8 @@ afork_wire_carry(enum afork_direction direction, uint8_t letter)
         return letter == AFORK_CMD_FORK_ID ? AFORK_CARRY_FIRST
                                            : AFORK_CARRY_NONE;
     }
-    return letter == AFORK_REP_STARTED || letter == AFORK_REP_SPAWNED
+    return letter == AFORK_REP_STARTED || letter == AFORK_REP_SPAWNED ||
+                   letter == AFORK_REP_SOCKET
                ? AFORK_CARRY_FIRST
                : AFORK_CARRY_NONE;
 }

@@ -13,19 +13,22 @@
  * and all that a plain server knows; the others are only sent to a process
  * that was started in afork mode.
  */
-#define AFORK_COMMANDS(X)                                                  \
-    X(EVAL, 'e', "code and byte arguments, a string list")                 \
-    X(ARGS, 'a', "byte arguments, a string list")                          \
-    X(HANDLE, 'h', "a descriptor follows, on a NUL byte of its own")       \
-    X(FORK, 'f', "fork; the last pending argument is the new socket")      \
-    X(RUN, 'r', "the function to enter")                                   \
-    X(EVAL_TYPED, 'E', "code, then arguments, each behind 'b' or 't'")     \
-    X(TEXT, 't', "text arguments, a string list in UTF-8")                 \
-    X(IMPORT, 'm', "modules to import, a string list")                     \
-    X(SET, 's', "settings, a string list of key, value, key, value ...")   \
-    X(FORK_ID, 'F', "uint64 id; the new socket rides on the first byte")   \
-    X(READY, 'y', "uint64 token: answer with done when all before it ran") \
-    X(EXEC, 'x', "become a program")                                       \
+#define AFORK_COMMANDS(X)                                                    \
+    X(EVAL, 'e', "code and byte arguments, a string list")                   \
+    X(ARGS, 'a', "byte arguments, a string list")                            \
+    X(HANDLE, 'h', "a descriptor follows, on a NUL byte of its own")         \
+    X(FORK, 'f', "fork; the last pending argument is the new socket")        \
+    X(RUN, 'r', "the function to enter")                                     \
+    X(EVAL_TYPED, 'E', "code, then arguments, each behind 'b' or 't'")       \
+    X(TEXT, 't', "text arguments, a string list in UTF-8")                   \
+    X(IMPORT, 'm', "modules to import, a string list")                       \
+    X(SET, 's', "settings, a string list of key, value, key, value ...")     \
+    X(FORK_ID, 'F', "uint64 id; the new socket rides on the first byte")     \
+    X(FORK_MANY, 'M', "uint64 ids: fork each, on pairs made by the process") \
+    X(SPARES, 'w', "uint32 n: keep so many forks in advance")                \
+    X(STATS, 'q', "uint64 token: answer with what is known of it")           \
+    X(READY, 'y', "uint64 token: answer with done when all before it ran")   \
+    X(EXEC, 'x', "become a program")                                         \
     X(SPAWN, 'X', "uint64 id, then as exec: start a program")
 
 /* Reports, process to application; only in afork mode. */
@@ -34,8 +37,10 @@
     X(STARTED_BARE, 'n', "uint32 pid; no pidfd could be made")                \
     X(ERROR, 'e', "stage, errno, type, message, traceback, filename")         \
     X(RUNNING, 'r', "the function is entered; all later bytes are its own")   \
+    X(SOCKET, 'c', "uint64 id; our end of its socket on the first byte")      \
     X(EXITED, 'x', "uint64 id, uint32 pid, int32 status, 18 int64 of rusage") \
     X(DONE, 'd', "uint64 token")                                              \
+    X(STATS, 'q', "uint64 token, a string list of keys and values")           \
     X(FAILED, 'f', "uint64 id, int32 errno, uint8 stage: no such process")    \
     X(SPAWNED, 's', "uint64 id, uint32 pid; its pidfd on the first byte")     \
     X(SPAWNED_BARE, 'b', "uint64 id, uint32 pid; no pidfd could be made")

@@ -21,6 +21,9 @@ COMMANDS = {
     "IMPORT": b"m",
     "SET": b"s",
     "FORK_ID": b"F",
+    "FORK_MANY": b"M",
+    "SPARES": b"w",
+    "STATS": b"q",
     "READY": b"y",
     "EXEC": b"x",
     "SPAWN": b"X",
@@ -30,6 +33,8 @@ REPORTS = {
     "STARTED_BARE": b"n",
     "ERROR": b"e",
     "RUNNING": b"r",
+    "SOCKET": b"c",
+    "STATS": b"q",
     "EXITED": b"x",
     "DONE": b"d",
     "FAILED": b"f",
@@ -38,7 +43,7 @@ REPORTS = {
 }
 # Where a descriptor rides: on a byte behind the frame, or on its header.
 TO_PROCESS = {ord("h"): "behind", ord("F"): "first"}
-TO_APPLICATION = {ord("p"): "first", ord("s"): "first"}
+TO_APPLICATION = {ord("p"): "first", ord("s"): "first", ord("c"): "first"}
 FRAME_MAX = 16 << 20
 
 
@@ -257,6 +262,16 @@ class Peer:
                 self.send("FORK")
         return Peer(ours)
 
+    def fork_many(self, *numbers: int) -> dict[int, "Peer"]:
+        """Ask for several at once; return their sockets, which come back."""
+        self.send("FORK_MANY", struct.pack(f"={len(numbers)}Q", *numbers))
+        return dict(self.socket() for _ in numbers)
+
+    def socket(self) -> tuple[int, "Peer"]:
+        """Take one SOCKET report: its id, and the end that came with it."""
+        ((_, number, fd),) = self.expect("SOCKET")
+        return number, Peer(socket.socket(fileno=fd))
+
     def run(self, name: bytes) -> None:
         self.send("RUN", name)
 
@@ -316,6 +331,8 @@ def parse(name: str, payload: bytes, fds) -> tuple:
             # -1: it has ended and been reaped by now
             assert pid_of_fd[0].split()[1] in (str(pid), "-1")
             return struct.unpack("=I" if name == "STARTED" else "=QI", payload)
+        case "SOCKET":
+            return (*struct.unpack("=Q", payload), *fds)
         case "STARTED_BARE":
             return struct.unpack("=I", payload)
         case "SPAWNED_BARE":
@@ -329,6 +346,8 @@ def parse(name: str, payload: bytes, fds) -> tuple:
             return number, pid, status, usage
         case "FAILED":
             return struct.unpack("=QiB", payload)
+        case "STATS":
+            return (*struct.unpack_from("=Q", payload), payload[8:])
         case "DONE":
             return struct.unpack("=Q", payload)
     assert not payload

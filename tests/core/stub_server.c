@@ -8,6 +8,7 @@
  *
  * What EVAL runs (its first string; IMPORT, SET and EVAL_TYPED succeed):
  *   ok, fail, nomem       as named
+ *   period:N              spares become fewer after N ms
  *   forkfail              the next fork is refused with EAGAIN
  *   nofile                leaves no free descriptor;  "morefiles" undoes it
  *   stranger              leaves a zombie that the loop does not know
@@ -34,6 +35,7 @@
 extern char **environ;
 
 static int log_fd, fork_fails;
+static struct afork_server *served;
 static rlim_t files_before;
 static char function[256];
 
@@ -118,7 +120,9 @@ op_command(void *self, uint8_t letter, const uint8_t *payload, size_t len,
         return 0;
     if (!strcmp(text, "nomem"))
         return -1;
-    if (!strcmp(text, "forkfail"))
+    if (!strncmp(text, "period:", 7))
+        served->spares.period = atoi(text + 7);
+    else if (!strcmp(text, "forkfail"))
         fork_fails = 1;
     else if (!strcmp(text, "nofile"))
         no_more_files();
@@ -181,6 +185,25 @@ op_fork(void *self)
     }
     pid = fork();
     return pid < 0 ? -errno : pid;
+}
+
+static uint8_t *
+op_stats(void *self, size_t *ret_len)
+{
+    uint8_t *data = malloc(2);
+
+    (void)self;
+    if (data)
+        memcpy(data, "\1k", 2);
+    *ret_len = 2;
+    return data;
+}
+
+static void
+op_warm(void *self)
+{
+    (void)self;
+    dprintf(log_fd, "%d warm\n", getpid());
 }
 
 static void
@@ -247,6 +270,8 @@ main(int argc, char **argv)
         .command = op_command,
         .find = op_find,
         .fork = op_fork,
+        .warm = op_warm,
+        .stats = op_stats,
         .interrupted = op_interrupted,
         .environ = op_environ,
     };
@@ -257,6 +282,7 @@ main(int argc, char **argv)
     if (argc < 3)
         return 99;
     log_fd = atoi(argv[2]);
+    served = &server;
     afork_server_init_take(&server, atoi(argv[1]), strchr(flags, 'p') != NULL,
                            &ops, NULL);
     server.detached = strchr(flags, 'd') != NULL;

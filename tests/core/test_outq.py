@@ -337,3 +337,28 @@ def test_reclaim_nothing(queue, files):
     assert queue.fd(files[0], b"", 11) == 0
     assert queue.flush() == 1
     assert queue.reclaim() == []
+
+
+def test_a_tagged_frame_is_taken_back_only_whole(ffi, lib):
+    """Also without a descriptor, and not once any of it has been sent."""
+    tag, fd = ffi.new("uint64_t *"), ffi.new("int *")
+    with Queue(ffi, lib) as q:
+        assert lib.afork_outq_tagged(q.q, ord("M"), b"12345678", 8, 5) == 0
+        q.fd(0, tag=6, first=True)
+        assert lib.afork_outq_reclaim(q.q, tag, fd) == 1
+        assert (tag[0], fd[0]) == (5, lib.AFORK_NOFD)
+        assert lib.afork_outq_reclaim(q.q, tag, fd) == 1
+        assert tag[0] == 6
+        os.close(fd[0])
+        assert lib.afork_outq_reclaim(q.q, tag, fd) == 0
+    with Queue(ffi, lib) as q:
+        q.frame(ord("e"), b"first")
+        assert lib.afork_outq_tagged(q.q, ord("M"), b"12345678", 8, 5) == 0
+        q.frame(ord("e"), b"last")
+        assert q.flush() == 1
+        assert lib.afork_outq_reclaim(q.q, tag, fd) == 0
+        data, fds = q.received()
+        assert data == frame(b"e", b"first") + frame(b"M", b"12345678") + frame(
+            b"e", b"last"
+        )
+        assert fds == []

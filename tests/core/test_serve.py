@@ -327,6 +327,86 @@ def test_failed_fork_is_told_to_its_owner(started):
     assert [(r[0], r[1]) for r in reports] == [("EXITED", 2)]
 
 
+def test_fork_many_is_one_request(started):
+    """Each has the socket that came with its id, and none of its siblings'."""
+    numbers = range(1000, 1150)  # more than are made at a time
+    with contextlib.ExitStack() as stack:
+        children = started.fork_many(*numbers)
+        for child in children.values():
+            stack.enter_context(child)
+        assert list(children) == list(numbers)
+        pids = {}
+        for number, child in children.items():
+            child.run(b"dump")
+            ((_, pids[number]), _) = child.expect("STARTED", "RUNNING")
+            lines = child.rest().decode().splitlines()
+            assert not [x for x in lines if x.startswith("fd")]
+    seen = {n: pid for _, n, pid, _, _ in started.expect(*["EXITED"] * 150)}
+    assert seen == pids
+    assert started.end()[0] == 0
+
+
+def test_fork_many_sends_the_sockets_first(started):
+    """What is sent to them waits in the kernel until they are forked."""
+    with contextlib.ExitStack() as stack:
+        children = started.fork_many(1, 2, 3)
+        for child in children.values():
+            stack.enter_context(child).run(b"exit:4")
+        for child in children.values():
+            child.expect("STARTED", "RUNNING")
+            assert child.rest() == b""
+    assert [x[3] for x in started.expect(*["EXITED"] * 3)] == [4 << 8] * 3
+
+
+def test_fork_many_of_which_one_fails(started):
+    started.eval(b"forkfail")
+    children = started.fork_many(1, 2)
+    with children[1] as failed, children[2] as child:
+        (report,) = failed.expect("ERROR")
+        assert report[1:3] == ("fork", errno.EAGAIN)
+        assert failed.report() is None
+        child.expect("STARTED")
+    assert names(started.end()[1]) == ["EXITED"]
+
+
+def test_fork_many_after_an_error(started):
+    started.eval(b"fail")
+    started.expect("ERROR")
+    for child in started.fork_many(1, 2).values():
+        with child:
+            assert child.expect("ERROR")[0][4] == "fail"
+            assert child.report() is None
+    assert started.end()[1] == []
+
+
+def test_fork_many_without_free_descriptors(started):
+    """No socket can be made: each is reported by its id, and all goes on."""
+    started.eval(b"nofile")
+    started.send("FORK_MANY", struct.pack("=2Q", 5, 6))
+    for number in (5, 6):
+        assert started.report() == ("FAILED", number, errno.EMFILE, FORK)
+    started.eval(b"morefiles")
+    with started.fork_many(7)[7] as child:
+        child.expect("STARTED")
+    assert started.end()[0] == 0
+
+
+def test_fork_many_of_nothing_and_malformed(started):
+    started.send("FORK_MANY")
+    done_token(started)
+    started.send("FORK_MANY", b"1234567")
+    assert started.report()[1:3] == ("protocol", errno.EPROTO)
+    assert started.end()[0] == 100
+
+
+def test_fork_many_for_somebody_who_has_gone(server):
+    """Not a thousand processes for nobody."""
+    server.expect("STARTED")
+    server.send("FORK_MANY", struct.pack("=1000Q", *range(1, 1001)))
+    server.sock.close()
+    assert server.process.wait(20) == 0
+
+
 @pytest.mark.parametrize("broken", ["eval", "run"])
 def test_after_an_error_forks_are_answered_with_it(started, broken):
     if broken == "eval":

@@ -31,7 +31,7 @@ enum { NO_PID = 0x7ffffff0 };
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-static int flags, application, polls;
+static int flags, application, polls, idle;
 
 static void
 check(int good)
@@ -58,11 +58,13 @@ ppoll(struct pollfd *fds, nfds_t n, const struct timespec *timeout,
     struct timespec none = {0, 0};
     long r;
 
-    (void)timeout;
     (void)mask;
     drain();
     check(++polls < 100000); /* a loop that never ends */
     r = syscall(SYS_ppoll, fds, n, &none, NULL, (size_t)8);
+    /* Time passes, for a while: spares are made meanwhile. */
+    if (r == 0 && timeout && idle++ < 20)
+        return 0;
     if (r == 0) {
         fds->revents = POLLHUP; /* the application's patience is over */
         shutdown(application, SHUT_RDWR);
@@ -113,6 +115,24 @@ stub_fork(void *self)
     if (flags & FORK_FAILS)
         return -EAGAIN;
     return flags & FORK_IN_CHILD ? 0 : NO_PID;
+}
+
+static uint8_t *
+stub_stats(void *self, size_t *ret_len)
+{
+    uint8_t *data = malloc(2);
+
+    (void)self;
+    if (data)
+        memcpy(data, "\1k", 2);
+    *ret_len = 2;
+    return data;
+}
+
+static void
+stub_warm(void *self)
+{
+    (void)self;
 }
 
 static void
@@ -198,6 +218,8 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         .command = stub_command,
         .find = stub_find,
         .fork = stub_fork,
+        .warm = stub_warm,
+        .stats = stub_stats,
         .interrupted = stub_interrupted,
         .environ = stub_environ,
     };
@@ -214,7 +236,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     size -= 2;
     if (inner > size)
         inner = size;
-    polls = 0;
+    polls = idle = 0;
     application = pair[0];
     send_frames(child[0], data + size - inner, inner, AFORK_NOFD);
     afork_fd_close(&child[0]);

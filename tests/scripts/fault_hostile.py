@@ -47,7 +47,7 @@ null = os.open(os.devnull, os.O_RDWR)
 
 if kind == "random":
     rng = random.Random(int(sys.argv[3]))
-    letters = b"pnerxdfsb"
+    letters = b"pnerxdfsbc"
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         for _ in range(2000):
             n = rng.choice([0, 4, 8, 12, 13, 160, rng.randrange(300)])
