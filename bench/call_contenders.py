@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from contenders import Contender, app_command, limits_command
 
 ONE = "one call at a time: an integer, and back"
@@ -99,6 +101,15 @@ def contenders() -> list[Contender]:
         name = function.replace("one_pool", "many_pool")
         command = app_command(f"call_peers.{name}", INFLIGHT)
         listed.append(Contender(f"many/{key}", label, MANY, command, INFLIGHT))
+    listed.append(
+        # No pool can be faster from nothing than its template imports numpy.
+        Contender(
+            "cold/limit",
+            "C: posix_spawn python -c 'import numpy'",
+            COLD,
+            limits_command("spawn", program=[sys.executable, "-c", "import numpy"]),
+        )
+    )
     for group, scenario, key, label, function in _OTHERS:
         command = app_command(f"call_peers.{function}")
         listed.append(Contender(f"{group}/{key}", label, scenario, command))

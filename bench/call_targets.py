@@ -107,6 +107,12 @@ def targets(results: Results) -> list[Row]:
             "x",
         ),
         at_most("4 workers from nothing / PPE", 0.2, _over(results, cold, cold), "x"),
+        at_most(
+            "(python -c 'import numpy' / PPE)",
+            0.2,
+            times(results, "cold/limit", "cold/ppe"),
+            "x",
+        ),
         at_most("4 workers, template up / PPE", 0.05, _over(results, warm, cold), "x"),
         at_most("(PPE's forkserver up, too)", 0.05, _over(results, warm, warm), "x"),
     ]
