@@ -207,6 +207,22 @@ def test_ready_is_answered_before_anything_waits(server):
     assert [server.report() for _ in range(100)] == [("DONE", n) for n in range(100)]
 
 
+def test_stats(started):
+    """In its turn, also after an error; an answer for each token."""
+    started.send("STATS", struct.pack("=Q", 7))
+    assert started.report() == ("STATS", 7, b"\1k")
+    started.eval(b"fail")
+    started.expect("ERROR")
+    started.send("STATS", struct.pack("=Q", 8))
+    assert started.report() == ("STATS", 8, b"\1k")
+    assert started.end()[0] == 0
+
+
+def test_malformed_stats(started):
+    started.send("STATS", b"1234567")
+    assert started.end()[0] == 100
+
+
 # Forks
 
 
