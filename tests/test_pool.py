@@ -6,7 +6,6 @@ import asyncio
 import gc
 import os
 import threading
-from itertools import pairwise
 
 import pytest
 
@@ -183,19 +182,17 @@ def test_no_process_without_a_call(arun, jobs):
 
 def test_start_spaces_the_starts(arun, jobs, gate):
     async def main():
-        loop = asyncio.get_running_loop()
-        async with afork.Pool(max=3, start=0.05) as pool:
+        for start, processes in ((0.01, 3), (1000, 1)):
             seen = Seen()
-            begun = []
-            start = pool._core._start
-            pool._core._start = lambda f: (begun.append(loop.time()), start(f))
-            view = pool.with_options(on_event=seen)
-            calls = [view.call(jobs.hold, gate.path) for _ in range(3)]
-            await seen.held(3)
-            gate.open(3)
-            await asyncio.gather(*calls)
-        assert len(begun) == 3
-        assert all(b - a > 0.045 for a, b in pairwise(begun))
+            async with afork.Pool(max=3, start=start, on_event=seen) as pool:
+                calls = [pool.call(jobs.hold, gate.path) for _ in range(3)]
+                await turn(3)
+                assert pool.stats().counts.started == 1
+                await seen.held(processes)
+                await turn(3)
+                assert pool.stats().counts.started == processes
+                gate.open(3)
+                await asyncio.gather(*calls)
 
     arun(main)
 
