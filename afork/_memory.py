@@ -74,13 +74,20 @@ def freeze_all() -> None:
     Raises:
         RuntimeError: the process has forked; its children have copies.
     """
-    # What is frozen already stays so: a collection of 3.14 would lose sight of
-    # what is immortal, and of what has been put into it since.
+    roots = _types()
+    enabled = gc.isenabled()
     gc.collect()
+    # Some versions walk over thawed objects only. No collection may come before
+    # they are frozen again: it would take those that are immortal already out of
+    # the collector's books (3.14), and with them what was put into them since.
+    gc.disable()
+    gc.unfreeze()
     try:
-        _afork.immortalise(_types())
+        _afork.immortalise(roots)
     finally:
         gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 def stats() -> dict[str, int | str | bool]:
