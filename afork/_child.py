@@ -317,15 +317,11 @@ class Handler:
         atexit._clear()
 
 
-def load_main(kind: bytes, name: bytes) -> bool:
-    """Load the application's main program here, as multiprocessing does.
-
-    Returns:
-        Whether it was done now: once is enough.
-    """
+def load_main(kind: bytes, name: bytes) -> None:
+    """Load the application's main program here, as multiprocessing does, once."""
     global loading_main, main_loaded
     if main_loaded or not name:
-        return False
+        return
     main_loaded = True
     old = _main()
     module = type(sys)("__mp_main__")
@@ -362,7 +358,6 @@ def load_main(kind: bytes, name: bytes) -> bool:
         exec(code, module.__dict__)
     finally:
         loading_main = False
-    return True
 
 
 def flush() -> None:
@@ -371,6 +366,7 @@ def flush() -> None:
             stream.flush()
         except (AttributeError, OSError, ValueError):
             pass  # None, closed, or a reader that has gone
+    _afork.flush_stdout()  # what C code has printed
 
 
 def complain(text: str) -> None:

@@ -127,16 +127,16 @@ WAIT = "def wait(sock, *args): sock.recv(1)"
 def test_title(arun):
     async def main():
         template = await afork.Fork.new_exec().ready()
-        assert titles(template.pid) == (b"afork: template", "afork: template")
+        assert titles(template.pid) == (b"afork: template", "afork:template")
         f = template.fork().eval(WAIT)
         sock = await f.run("wait")
-        assert titles(f.pid) == (b"afork: worker wait", "afork: worker w")
+        assert titles(f.pid) == (b"afork: worker wait", "afork:workerwai")
         sock.close()
 
         template.set(title="mine: kept")
         f = template.fork().eval(WAIT)
         sock = await f.run("wait")
-        assert titles(f.pid) == (b"mine: kept", "mine: kept")
+        assert titles(f.pid) == (b"mine: kept", "mine:kept")
         sock.close()
 
         long = "x" * 5000 + " ü"

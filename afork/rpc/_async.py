@@ -7,9 +7,11 @@ import inspect
 import struct
 from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar, copy_context
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from . import _serve
+from ._codecs import close_all
 from ._kinds import (
     CALL,
     CANCEL,
@@ -58,8 +60,11 @@ class AsyncServer(_serve.Server):
     def __init__(self, sock: socket.socket, *args: Any) -> None:
         super().__init__(sock, *args)
         self.tasks: dict[int, asyncio.Task[None]] = {}
+        #: Descriptors of the calls whose tasks have not begun yet, by id.
+        self.waiting: dict[int, tuple[int, ...]] = {}
         self.credits: dict[int, _Credit] = {}
         self.loop = asyncio.get_running_loop()
+        self.thread = get_ident()
         self.over: asyncio.Future[None] = self.loop.create_future()
         self.reading = self.writing = self.flushing = False
 
@@ -101,9 +106,7 @@ class AsyncServer(_serve.Server):
             if kind & ~KEYWORDS in (CALL, STREAM):
                 self.start(kind, id, payload, fds)
             elif kind == CANCEL:
-                task = self.tasks.get(id)
-                if task is not None:
-                    task.cancel()
+                self.cancel(id)
             elif kind == CREDIT and id in self.credits:
                 self.credits[id].add(_CREDIT.unpack(payload)[0])
             elif kind == OPTIONS:
@@ -113,6 +116,20 @@ class AsyncServer(_serve.Server):
         elif self.link.eof:
             self.read(False)
             self.end_if_idle()
+
+    def cancel(self, id: int) -> None:
+        """End a call; one that has not begun never does."""
+        task = self.tasks.get(id)
+        if task is not None:
+            task.cancel()
+        if id in self.waiting:  # its task will not run a line
+            close_all(self.waiting.pop(id))
+            del self.tasks[id]
+            self.link.send(STOP, id, b"")
+            self.sent()
+            task = None
+        if task is None:
+            self.options.pop(id, None)
 
     def stop(self) -> None:
         """The application has gone: nobody wants to know any more."""
@@ -129,7 +146,9 @@ class AsyncServer(_serve.Server):
 
     def sent(self) -> None:
         """Send at the end of this turn, together with what else it brings."""
-        if not self.flushing:
+        if get_ident() != self.thread:
+            self.loop.call_soon_threadsafe(self.sent)
+        elif not self.flushing:
             self.flushing = True
             self.loop.call_soon(self.flush_some)
 
@@ -157,6 +176,7 @@ class AsyncServer(_serve.Server):
         work = self.call if kind & ~KEYWORDS == CALL else self.stream
         context = copy_context()
         context.run(_current.set, id)
+        self.waiting[id] = fds
         self.tasks[id] = self.loop.create_task(
             self.answer(work, kind, id, payload, fds), context=context
         )
@@ -164,9 +184,12 @@ class AsyncServer(_serve.Server):
     async def answer(
         self, work: Any, kind: int, id: int, payload: bytes, fds: tuple[int, ...]
     ) -> None:
+        del self.waiting[id]
         try:
             await work(kind, id, payload, fds)
+            self.end_if_forked(None)
         except BaseException as exc:
+            self.end_if_forked(exc)
             self.send_error(id, exc)
         finally:
             self.tasks.pop(id, None)
@@ -181,7 +204,7 @@ class AsyncServer(_serve.Server):
         if "context" in options:
             from ._options import set_context
 
-            set_context(self, options["context"])
+            set_context(self, options["context"], [])  # the task's own
         seconds = float(options["timeout"]) if "timeout" in options else None
         async with asyncio.timeout(seconds):
             return await _finished(self.func(*args, **kwargs))

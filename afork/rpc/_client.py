@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from afork import _afork
-from afork._errors import ClosedError, ProtocolError, WorkerLost
+from afork import _afork, _hub
+from afork._errors import ClosedError, ProtocolError, RemoteError, WorkerLost
 from afork._hub import hub
 from afork._state import next_id
 
@@ -48,6 +48,9 @@ _CREDIT = struct.Struct("=I")
 #: Bytes that wait for the socket above which further calls wait here: there
 #: they can still be cancelled.
 _UNSENT_MAX = 256 << 10
+
+#: Seconds until descriptors are tried again that the kernel did not take.
+_BACK_OFF = 0.01
 
 
 class Event(NamedTuple):
@@ -185,6 +188,7 @@ class Connection:
         self.stderr: OutputPipe | None = None
         self.stdout: OutputPipe | None = None
         self.logs: LogRelay | None = None
+        _connections.add(self)
         #: Done once the process has ended and everybody was told.
         self.ended: asyncio.Future[None] = loop.create_future()
         #: It takes nothing any more; what explains that can still be read.
@@ -224,11 +228,15 @@ class Connection:
         if self.ended.done():  # killed meanwhile
             sock.close()
             return
-        self.link = _afork.Link(sock.detach())
-        self._watch = Watch(
-            self.loop, self.link.fileno(), self._on_readable, self._flush
-        )
-        self._watch_exit()
+        try:
+            self.link = _afork.Link(sock.detach())
+            self._watch = Watch(
+                self.loop, self.link.fileno(), self._on_readable, self._on_writable
+            )
+            self._watch_exit()
+        except Exception as exc:  # no descriptor left
+            self._broken(exc)
+            return
         self._send_backlog()
         self._flush()
 
@@ -257,7 +265,7 @@ class Connection:
         # What it has sent is there; the end of it, too, unless it is held up.
         poll = select.poll()
         poll.register(link.fileno(), select.POLLIN)
-        while self.link is link and poll.poll(0):
+        while self.link is link and (link.pending or poll.poll(0)):
             self._on_readable()
         if self.link is link:
             self._on_eof()
@@ -287,6 +295,8 @@ class Connection:
             fds = call.fds.fds if call.fds else ()
             link.send(call.kind, call.id, call.payload or b"", fds)
         except (OSError, ValueError) as exc:  # no descriptor or memory left
+            if call.options:  # they wait there for a call that will not come
+                link.send(CANCEL, call.id, b"")
             self.calls.pop(call.id, None)
             if not call.done():
                 self.answer(call, None, exc)
@@ -303,6 +313,17 @@ class Connection:
             call = backlog.popleft()
             if call.id in self.calls:
                 self._queue(link, call)
+
+    def _on_writable(self) -> None:
+        link = self.link
+        before = link.queued if link is not None else 0
+        self._flush()
+        if before and link is not None and self.link is link and link.queued == before:
+            # Too many descriptors of this user in flight: the socket has room,
+            # and says so all the time.
+            assert self._watch is not None
+            self._watch.write(False)
+            self.loop.call_later(_BACK_OFF, self._flush)
 
     def _flush_soon(self) -> None:
         if not self._flushing:
@@ -371,9 +392,10 @@ class Connection:
                     continue
                 try:
                     value = self._decode(payload, fds)
+                except KeyboardInterrupt:
+                    raise
                 except BaseException as exc:
-                    exc.add_note("afork: the result could not be decoded")
-                    self.answer(call, None, exc)
+                    self.answer(call, None, _undecodable(exc))
                 else:
                     self.answer(call, value, None)
             elif not self._try_frame(kind, call, id, payload, fds):
@@ -440,7 +462,9 @@ class Connection:
         callback = callback or self.on_event
         try:
             event = Event(id, tuple(self._decode(payload, fds)))
-        except Exception as exc:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as exc:
             self.loop.call_exception_handler(
                 {"message": "an event could not be decoded", "exception": exc}
             )
@@ -510,6 +534,8 @@ class Connection:
         if self.error is None:
             if isinstance(error, OSError) and error.errno == errno.EPROTO:
                 error = ProtocolError(f"process {self.fork.pid} has sent garbage")
+            elif isinstance(error, OSError) and error.errno == errno.EMFILE:
+                error.add_note("afork: for what a process has sent, or its socket")
             self.error = error
         self.kill()
         self._over()
@@ -570,16 +596,46 @@ class Connection:
         await asyncio.shield(self.ended)
 
 
+#: All of this process, for its own forked children.
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _forget(callbacks: object) -> None:
+    """In a forked child of the application: close, tell nobody, touch no loop."""
+    for connection in list(_connections):
+        if connection.link is not None:
+            connection.link.close()
+            connection.link = None
+        for relay in (connection.stdout, connection.stderr, connection.logs):
+            if relay is not None:
+                relay.abandon()
+    _connections.clear()
+
+
+_hub.forget_all.append(_forget)
+
+
 def call_user(
     loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: object
 ) -> None:
     """Call a function of the user's; what it raises is its loop's affair."""
     try:
         callback(*args)
-    except Exception as exc:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as exc:  # also what ends tasks: this is none
         loop.call_exception_handler(
             {"message": f"exception in {callback!r}", "exception": exc}
         )
+
+
+def _undecodable(exc: BaseException) -> BaseException:
+    """The error of a call whose result cannot be had here."""
+    if not isinstance(exc, Exception) or isinstance(exc, StopIteration):
+        # No future raises these.
+        exc = RemoteError("decode", type(exc).__name__, str(exc))
+    exc.add_note("afork: the result could not be decoded")
+    return exc
 
 
 def copy_error(error: BaseException) -> BaseException:
@@ -591,6 +647,8 @@ def copy_error(error: BaseException) -> BaseException:
     except Exception:
         return error
     new.__cause__ = error.__cause__
+    if hasattr(error, "__notes__"):
+        new.__notes__ = list(error.__notes__)
     return new
 
 

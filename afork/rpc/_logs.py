@@ -295,6 +295,12 @@ class LogRelay:
         finally:
             self._shut()
 
+    def abandon(self) -> None:
+        """In a forked child of the application: close, touch no loop."""
+        self._closing = True
+        self.close_write()
+        self._sock.close()
+
     def _shut(self) -> None:
         self.close_write()
         if self._sock.fileno() >= 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # see afork/__init__.py
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from contextvars import ContextVar, Token
     from typing import Any
 
@@ -12,15 +11,19 @@ if TYPE_CHECKING:
 
 
 def set_context(
-    server: Server, packed: bytes
-) -> list[tuple[ContextVar[Any], Token[Any]]]:
-    """Give context variables the values that they have in the application."""
+    server: Server, packed: bytes, tokens: list[tuple[ContextVar[Any], Token[Any]]]
+) -> None:
+    """Give context variables the values that they have in the application.
+
+    Args:
+        server: This process's.
+        packed: The values by name, encoded.
+        tokens: Gets what resets each variable that was set.
+    """
     values: dict[str, object] = server.codec.decode(packed, ())
-    tokens = []
     for name, value in values.items():
         variable: ContextVar[Any] = find_variable(name)
         tokens.append((variable, variable.set(value)))
-    return tokens
 
 
 def find_variable(name: str) -> ContextVar[Any]:
@@ -70,34 +73,49 @@ class Alarm:
         self.signal.signal(self.signal.SIGALRM, self.before)
 
 
-def call_with(
-    server: Server,
-    id: int,
-    options: dict[str, bytes],
-    func: Callable[..., object],
-    args: tuple[object, ...],
-    kwargs: dict[str, object],
-) -> object:
-    """Call a function under options; its output is sent, whatever happens."""
-    tokens = []
-    capture: Any = None
-    if "context" in options:
-        tokens = set_context(server, options["context"])
-    try:
-        if "capture" in options:
-            from ._redirect import Capture
+class Applied:
+    """The options of one call, for as long as it runs.
 
-            capture = Capture()
-            capture.__enter__()
+    What it has written is sent at the end, whatever has happened.
+    """
+
+    def __init__(self, server: Server, id: int, options: dict[str, bytes]) -> None:
+        self.server = server
+        self.id = id
+        self.options = options
+        self.tokens: list[tuple[ContextVar[Any], Token[Any]]] = []
+        self.capture: Any = None
+        self.alarm: Alarm | None = None
+
+    def __enter__(self) -> None:
         try:
-            if "timeout" in options:
-                with Alarm(float(options["timeout"])):
-                    return func(*args, **kwargs)
-            return func(*args, **kwargs)
+            if "context" in self.options:
+                set_context(self.server, self.options["context"], self.tokens)
+            if "capture" in self.options:
+                from ._redirect import Capture
+
+                capture = Capture()
+                capture.__enter__()
+                self.capture = capture
+            if "timeout" in self.options:
+                alarm = Alarm(float(self.options["timeout"]))
+                alarm.__enter__()
+                self.alarm = alarm
+        except BaseException:
+            self._leave()
+            raise
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        try:
+            if self.alarm is not None:
+                self.alarm.__exit__(None, None, None)
         finally:
-            if capture is not None:
-                capture.__exit__(None, None, None)
-                server.send_output(id, capture.stdout, capture.stderr)
-    finally:
-        for variable, token in reversed(tokens):
-            variable.reset(token)
+            for variable, token in reversed(self.tokens):
+                variable.reset(token)
+            if self.capture is not None:
+                self.capture.__exit__(None, None, None)
+                stdout, stderr = self.capture.stdout, self.capture.stderr
+                self.server.send_output(self.id, stdout, stderr)

@@ -193,6 +193,14 @@ class OutputPipe:
             self._using = False
             self._file.leave()
 
+    def abandon(self) -> None:
+        """In a forked child of the application: close, touch no loop."""
+        self._using = False
+        for fd in (self._read_fd, self.write_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._read_fd = self.write_fd = -1
+
     # -- lines
 
     def _split(self, data: bytes) -> None:

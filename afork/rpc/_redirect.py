@@ -13,7 +13,7 @@ import os
 import sys
 
 from .. import _afork
-from .._child import flush as _flush_python
+from .._child import flush
 
 TYPE_CHECKING = False  # see afork/__init__.py
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def redirect(fd: int, number: int) -> None:
     name = _NAMES.get(number)
     if name is None:
         raise ValueError(f"1 or 2 is needed, not {number}")
-    _flush()
+    flush()
     if fd == number:
         os.set_inheritable(fd, True)
     else:
@@ -53,11 +53,6 @@ def redirect(fd: int, number: int) -> None:
     stream = getattr(sys, name)
     if getattr(stream, "reconfigure", None) is not None:
         stream.reconfigure(line_buffering=True)
-
-
-def _flush() -> None:
-    _flush_python()
-    _afork.flush_stdout()  # what C code has printed
 
 
 def _repair(number: int) -> None:
@@ -116,7 +111,7 @@ class Capture:
         """
         if self._files:
             raise RuntimeError("this Capture is in use")
-        _flush()
+        flush()
         self.stdout = self.stderr = b""
         self.truncated = False
         self._streams = (sys.stdout, sys.stderr)

@@ -97,7 +97,11 @@ class Setup:
             fork.send_fh(fd)
             values[name] = b"1"
         if "logs" in handles:
+            from ._logs import levels
+
             values["level"] = b"%d" % logging.getLogger().getEffectiveLevel()
+            pairs = [(k.encode(), b"%d" % v) for k, v in levels().items()]
+            values["levels"] = _afork.pack_strings([x for pair in pairs for x in pair])
         strings = [x for k, v in values.items() for x in (k.encode(), v)]
         return fork.send_arg(_afork.pack_strings(strings)).run(self.entry)
 
@@ -131,7 +135,7 @@ class Rpc:
         self._on_error = on_error
         self._on_destroy = on_destroy
         self._connection: _RpcConnection | None = None
-        self._closed = False
+        self._closed = self._killed = False
         self._run = setup.run(fork, {})
 
     def _connect(self) -> _RpcConnection:
@@ -146,6 +150,7 @@ class Rpc:
             connection.on_event = self._on_event
             connection.on_error = self._on_error
             connection.on_destroy = self._on_destroy
+            connection.killed = self._killed
             connection.start(self._run)
             self._run = None
             self._connection = connection
@@ -203,6 +208,7 @@ class Rpc:
     def kill(self) -> None:
         """End the process now: calls without an answer raise `WorkerLost`."""
         self._closed = True
+        self._killed = True
         if self._connection is not None:
             self._connection.killed = True
         try:

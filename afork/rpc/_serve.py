@@ -5,6 +5,8 @@ Part of every worker, so it loads little: neither asyncio nor threading.
 
 from __future__ import annotations
 
+import os
+
 import afork.rpc
 from afork import _afork, _child
 
@@ -52,6 +54,7 @@ class Server:
         self.args = args[:-1]
         self.codec: Codec = find_codec("pickle")
         self.func: Callable[..., object] = apply
+        self.pid = os.getpid()
         #: Options of calls that have not arrived yet, by id.
         self.options: dict[int, dict[str, bytes]] = {}
 
@@ -64,7 +67,10 @@ class Server:
             if name == "logs":
                 from ._logs import install
 
-                install(handle.detach(), config.number("level"))
+                strings = _afork.unpack_strings(config.values["levels"])
+                names = [x.decode() for x in strings[::2]]
+                levels = dict(zip(names, map(int, strings[1::2]), strict=True))
+                install(handle.detach(), config.number("level"), levels)
             else:
                 from ._redirect import redirect
 
@@ -103,10 +109,10 @@ class Server:
             raise
         return found
 
-    def load_main(self) -> bool:
-        """Load the application's main program, once; whether it was done now."""
+    def load_main(self) -> None:
+        """Load the application's main program, once."""
         values = self.config.values
-        return _child.load_main(values.get("main-kind", b""), values.get("main", b""))
+        _child.load_main(values.get("main-kind", b""), values.get("main", b""))
 
     # -- calls
 
@@ -114,23 +120,39 @@ class Server:
         self, kind: int, payload: bytes, fds: tuple[int, ...]
     ) -> tuple[Any, Any]:
         """Arguments and keyword arguments of a call."""
+        # For a second attempt; decoding consumes them.
+        again = [os.dup(fd) for fd in fds] if fds and self.may_load_main() else fds
         try:
             value: Any = self.codec.decode(payload, fds)
         except (AttributeError, ImportError) as exc:
-            # Perhaps a function of the main program, the first one.
-            if not self.codec.pickles or fds or not self._loads_main(exc):
+            # Perhaps something of the main program, the first that is needed.
+            if not self.may_load_main() or "__m" not in str(exc):
                 note_search_path(exc)
                 raise
-            value = self.codec.decode(payload, fds)
+            self.load_main()
+            value, again = self.codec.decode(payload, tuple(again)), ()
+        finally:
+            if again is not fds:
+                close_all(again)
         return value if kind & KEYWORDS else (value, {})
 
-    def _loads_main(self, exc: BaseException) -> bool:
-        return "__m" in str(exc) and self.load_main()
+    def may_load_main(self) -> bool:
+        """Whether the main program is not loaded here, but could be."""
+        known = self.codec.pickles and "main" in self.config.values
+        return known and not _child.main_loaded
 
     def take_options(self, id: int, payload: bytes) -> None:
         strings = _afork.unpack_strings(payload)
         names = [x.decode() for x in strings[::2]]
         self.options[id] = dict(zip(names, strings[1::2], strict=True))
+
+    def end_if_forked(self, exc: BaseException | None) -> None:
+        """End a process that the function has forked off, and that came back.
+
+        It has the same socket; but it is not the one that answers calls.
+        """
+        if os.getpid() != self.pid:
+            _child.end(0 if exc is None else _child.exit_status(exc))
 
     # -- answers
 

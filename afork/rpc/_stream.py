@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, Self
 
+from afork._errors import ClosedError
+
 from ._codecs import close_all
 from ._kinds import WINDOW
 
@@ -40,10 +42,9 @@ class Items:
             waiter.set_result(None)
 
     def clear(self) -> None:
-        """Nobody reads on."""
+        """Nobody reads on; in any thread."""
         while self.queue:
             close_all(self.queue.popleft()[1])
-        self.wake()
 
 
 class Stream(AsyncIterator[Any]):
@@ -59,6 +60,7 @@ class Stream(AsyncIterator[Any]):
         self._decode = decode
         self._items = call.stream = Items()
         self._taken = 0
+        self._ended = False
 
     @property
     def call_id(self) -> int:
@@ -74,6 +76,8 @@ class Stream(AsyncIterator[Any]):
             if call.done():
                 if not call.cancelled():
                     call.result()  # raises what the generator has raised
+                elif not self._ended:
+                    raise ClosedError("the stream was ended before it was read")
                 raise StopAsyncIteration
             if items.waiter is not None:
                 raise RuntimeError("the stream is being read by another task")
@@ -91,14 +95,8 @@ class Stream(AsyncIterator[Any]):
 
     async def aclose(self) -> None:
         """End the generator; items that have not been read are lost."""
-        self._end()
-
-    def _end(self) -> None:
-        if not self._call.done():
-            self._call.cancel()
-        elif not self._call.cancelled():
-            self._call.exception()  # nobody is going to ask for it
-        self._items.clear()
+        self._ended = True
+        _end(self._call, self._items)
 
     async def __aenter__(self) -> Self:
         return self
@@ -112,5 +110,25 @@ class Stream(AsyncIterator[Any]):
         await self.aclose()
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not finalizing() and not self._call.get_loop().is_closed():
-            self._end()
+        if finalizing():
+            return
+        loop = self._call.get_loop()
+        if loop.is_closed():
+            self._items.clear()
+        elif asyncio._get_running_loop() is loop:
+            _end(self._call, self._items)
+        else:  # the collector may run in any thread
+            try:
+                loop.call_soon_threadsafe(_end, self._call, self._items)
+            except RuntimeError:
+                self._items.clear()  # closed since
+
+
+def _end(call: Call, items: Items) -> None:
+    """End the call of a stream that nobody reads any more."""
+    if not call.done():
+        call.cancel()
+    elif not call.cancelled():
+        call.exception()  # nobody is going to ask for it
+    items.clear()
+    items.wake()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
+    from ._options import Applied
     from ._serve import Frame
 
 _CREDIT = struct.Struct("=I")
@@ -117,53 +118,59 @@ class SyncServer(_serve.Server):
 
     # -- calls
 
-    def invoke(self, kind: int, id: int, payload: bytes, fds: tuple[int, ...]) -> Any:
-        args, kwargs = self.decode(kind, payload, fds)
-        if fds:
-            # Giving back what they have mapped takes as long as filling a third
-            # of it: not while somebody waits.
-            self.large = args, kwargs
-        if self.options:
-            options = self.options.pop(id, None)
-            if options:
-                from ._options import call_with
-
-                return call_with(self, id, options, self.func, args, kwargs)
-        return self.func(*args, **kwargs)
-
     def call(self, kind: int, id: int, payload: bytes, fds: tuple[int, ...]) -> None:
         result: Any = None
         try:
-            result = self.invoke(kind, id, payload, fds)
+            args, kwargs = self.decode(kind, payload, fds)
+            if self.options and id in self.options:
+                with self.applied(id):
+                    result = self.func(*args, **kwargs)
+            else:
+                result = self.func(*args, **kwargs)
+            self.end_if_forked(None)
             self.send(RESULT, id, result)
         except BaseException as exc:
             error = exc
+            self.end_if_forked(error)
             if hasattr(result, "__await__"):
                 error = TypeError("the function is async: it needs asynchronous=True")
                 getattr(result, "close", int)()  # or it warns of not being awaited
             self.send_error(id, error)
 
+    def applied(self, id: int) -> Applied:
+        """The options that came ahead of a call."""
+        from ._options import Applied
+
+        return Applied(self, id, self.options.pop(id, {}))
+
     def stream(self, kind: int, id: int, payload: bytes, fds: tuple[int, ...]) -> None:
-        self.cancelled = False
-        self.credit = WINDOW
-        items: Iterator[object] | None = None
         try:
-            items = iter(self.invoke(kind, id, payload, fds))
-            for item in items:
-                self.send(ITEM, id, item)
-                self.credit -= 1
-                self.link.flush(True)
-                self.take(False)
-                while self.credit <= 0 and not self.cancelled and not self.link.eof:
-                    self.take(True)
-                if self.cancelled or self.credit <= 0:
-                    break
-            close = getattr(items, "close", None)
-            if close is not None:
-                close()
+            args, kwargs = self.decode(kind, payload, fds)
+            # The generator runs within them, not only the call that makes it.
+            with self.applied(id):
+                result: Any = self.func(*args, **kwargs)
+                self.send_items(id, iter(result))
             self.link.send(STOP, id, b"")
         except BaseException as exc:
+            self.end_if_forked(exc)
             self.send_error(id, exc)
+
+    def send_items(self, id: int, items: Iterator[object]) -> None:
+        self.cancelled = False
+        self.credit = WINDOW
+        for item in items:
+            self.end_if_forked(None)
+            self.send(ITEM, id, item)
+            self.credit -= 1
+            self.link.flush(True)
+            self.take(False)
+            while self.credit <= 0 and not self.cancelled and not self.link.eof:
+                self.take(True)
+            if self.cancelled or self.credit <= 0:
+                break
+        close = getattr(items, "close", None)
+        if close is not None:
+            close()
 
     # -- what afork.rpc offers
 

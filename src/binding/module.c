@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <stdio.h>
+#include <stdio_ext.h>
 #include <string.h>
 
 #include "link.h"
@@ -143,9 +144,11 @@ flush_stdout(PyObject *module, PyObject *unused)
 {
     (void)module;
     (void)unused;
-    Py_BEGIN_ALLOW_THREADS
-    fflush(stdout);
-    Py_END_ALLOW_THREADS
+    if (__fpending(stdout)) {
+        Py_BEGIN_ALLOW_THREADS
+        fflush(stdout);
+        Py_END_ALLOW_THREADS
+    }
     Py_RETURN_NONE;
 }
 

@@ -8,6 +8,8 @@
  */
 #include "binding.h"
 
+#include <stdio.h>
+#include <stdio_ext.h>
 #include <string.h>
 
 static const char *const names[2] = {"stdout", "stderr"};
@@ -105,4 +107,6 @@ binding_stdio_flush(const struct binding_stdio *s, PyObject *flush)
         Py_DECREF(now);
         PyErr_Clear(); /* closed, or a reader that has gone */
     }
+    if (__fpending(stdout)) /* only then: its lock is on a shared page */
+        fflush(stdout);
 }

@@ -171,12 +171,14 @@ check_heads(struct afork_link *l, int lost)
         if (head.zero || head.len > AFORK_LINK_FRAME_MAX)
             return -EPROTO;
         if (claim(l, head.nfds, lost) < 0)
-            return -EPROTO;
+            return lost ? -EMFILE : -EPROTO;
         l->next += AFORK_LINK_HEAD_SIZE + head.len;
     }
     if (l->next <= l->tail)
         l->ready = l->next;
-    if (lost || (l->loose && l->fresh) || (l->fresh && l->next >= l->tail))
+    if (lost)
+        return -EMFILE;
+    if ((l->loose && l->fresh) || (l->fresh && l->next >= l->tail))
         return -EPROTO;
     l->loose += l->fresh;
     l->fresh = 0;

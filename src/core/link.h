@@ -63,8 +63,8 @@ int afork_link_flush(struct afork_link *l);
  * Receives once, unless a complete frame is waiting.  1 when something has
  * come (which need not be a complete frame), 0 when there is nothing now,
  * -EPIPE at end of file (also in the middle of a frame, which is dropped),
- * -EPROTO for a malformed frame, for descriptors that do not fit their frame
- * and for lost ones, -ENOMEM, -EINTR.  With wait it blocks if the socket does.
+ * -EPROTO for a malformed frame and for descriptors that do not fit their
+ * frame, -EMFILE for lost ones, -ENOMEM, -EINTR.  With wait it blocks if the socket does.
  * An error comes when the complete frames before it have been taken.
  */
 int afork_link_fill(struct afork_link *l, int wait);

@@ -58,7 +58,13 @@ afork_proctitle_set(const char *title, size_t len)
         if (r < 0)
             return r;
     }
-    memcpy(name, title, len < 15 ? len : 15);
+    /*
+     * Without spaces: it stands in /proc/PID/stat, which programs split at
+     * spaces (CPython among them, to count threads before a fork).
+     */
+    for (size_t i = 0, n = 0; i < len && n < 15; i++)
+        if (title[i] != ' ')
+            name[n++] = title[i];
     prctl(PR_SET_NAME, name, 0, 0, 0);
     /* The last byte stays NUL: otherwise ps goes on into the environment. */
     if (len > area_size - 1)

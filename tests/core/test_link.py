@@ -18,7 +18,11 @@ from .reference import (
     recvmsgs,
 )
 
-ERRORS = {-errno.EPROTO: "EPROTO", -errno.EPIPE: "EPIPE"}
+ERRORS = {
+    -errno.EPROTO: "EPROTO",
+    -errno.EPIPE: "EPIPE",
+    -errno.EMFILE: "EMFILE",
+}
 KEPT = 1 << 16  # bytes of a buffer that is not given back
 
 bounded = settings(max_examples=1000, deadline=None, database=None, print_blob=True)
@@ -424,7 +428,7 @@ def test_no_free_slot(script):
             if room == sent:
                 assert lib.afork_link_peek(link, frame) == 1
             else:
-                assert lib.afork_link_fill(link, 0) == -errno.EPROTO
+                assert lib.afork_link_fill(link, 0) == -errno.EMFILE
             lib.afork_link_free(link)
             theirs.close()
             now = os.dup(0)
