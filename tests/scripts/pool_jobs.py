@@ -84,7 +84,7 @@ def note(path, text):
     os.close(fd)
 
 
-def note_and_add(path, a):
+def note_and_add(path, a, *_):
     note(path, a)
     return a + 1
 
@@ -106,6 +106,11 @@ def hold(gate, value=None):
     finally:
         os.close(fd)
     return value
+
+
+def hold_and_crash(gate, how):
+    hold(gate)
+    crash(how)
 
 
 def note_and_hold(path, gate):
@@ -231,12 +236,18 @@ def grow(n):
 
 
 def overflow():
-    """The stack of C code."""
-    signal.signal(signal.SIGSEGV, signal.SIG_DFL)
-    CALLBACK = ctypes.CFUNCTYPE(None)
-    function = CALLBACK(lambda: function())
-    sys.setrecursionlimit(1 << 30)
-    function()
+    """The stack of C code, before the interpreter's own limits."""
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    resource.setrlimit(resource.RLIMIT_STACK, (64 << 10, hard))
+    sys.setrecursionlimit(1 << 20)
+
+    def deeper(n):
+        return max([n], key=lambda x: deeper(x - 1)) if n else 0
+
+    deeper(900)
+    raise RecursionError
 
 
 def crash(how):
@@ -284,6 +295,7 @@ class CrashOnDump:
 
     def __reduce__(self):
         crash(self.how)
+        return str, ()
 
 
 def make_result(how):
@@ -297,10 +309,24 @@ def crash_later(how, gate):
         fd = os.open(gate, os.O_RDONLY)
         os.read(fd, 1)
         os.close(fd)
-        crash(how)
+        try:
+            crash(how)
+        except RecursionError:  # newer ones know the size of a thread's stack
+            os.kill(os.getpid(), signal.SIGSEGV)
 
+    threading.stack_size(128 << 10)  # enough for all but one
     threading.Thread(target=work, daemon=True).start()
     return os.getpid()
+
+
+def call_any(fn, *args):
+    """For those that are bound to one function."""
+    return fn(*args)
+
+
+def crash_bytes(how):
+    """Init with an argument that the template had."""
+    crash(how if isinstance(how, str) else how.decode())
 
 
 def socket_of_server():
@@ -392,3 +418,19 @@ def hold_pair(pair):
 
 def raise_it(error):
     raise error
+
+
+def noted(path, number, kind, gate=None):
+    """Note that it runs, then do one of many things."""
+    note(path, number)
+    if kind == "hold":
+        hold(gate)
+    elif kind == "fail":
+        raise ValueError(number)
+    elif kind == "crash":
+        crash("SIGKILL")
+    elif kind == "exit":
+        crash("os._exit")
+    elif kind == "stream":
+        return iter([number, 1, 2])
+    return number
