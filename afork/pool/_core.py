@@ -104,6 +104,9 @@ class Core:
         self.leaving: set[Worker] = set()
         #: By the number of calls that they have: those that can get one more.
         self._rooms: list[dict[Worker, None]] = [{} for _ in range(settings.load + 1)]
+        #: None of them has less: to look through all would be most of a call's
+        #: cost with a load of 64.
+        self._least = 0
         #: Calls that no process has: (-priority, id, call).
         self._heap: list[tuple[int, int, PoolCall]] = []
         self.waiting = 0
@@ -198,12 +201,13 @@ class Core:
 
     def _roomy(self) -> Worker | None:
         """The process with the least calls, if it may have one more."""
-        for room in self._rooms[:-1]:
-            if room:
-                # The one used last: its memory is in the caches, and others
-                # become idle for long enough to be stopped.
-                return next(reversed(room))
-        return None
+        rooms, least, full = self._rooms, self._least, self.settings.load
+        while least < full and not rooms[least]:
+            least += 1
+        self._least = least
+        # The one used last: its memory is in the caches, and others become idle
+        # for long enough to be stopped.
+        return next(reversed(rooms[least])) if least < full else None
 
     def _give(self, worker: Worker, call: PoolCall) -> None:
         load = len(worker.calls)
@@ -273,6 +277,7 @@ class Core:
         if worker in room:
             del room[worker]
             self._rooms[load][worker] = None
+            self._least = min(self._least, load)
         if self._is_worn(worker):
             self.retire(worker)
             self.count.recycled += 1
@@ -298,6 +303,7 @@ class Core:
             self._proven = True
             self._pause = _PAUSE
             self._rooms[0][worker] = None
+            self._least = 0
             worker.idle_since = self.loop.time()
             self._dispatch()
             self._watch_idle()
