@@ -145,3 +145,15 @@ def test_a_stream_of_a_process_that_dies(arun):
         await f.close()
 
     arun(main)
+
+
+@KINDS
+def test_closing_ends_a_stream_that_nobody_reads(arun, name, asynchronous):
+    async def main():
+        async with rpc(name, asynchronous=asynchronous) as f:
+            stream = f.stream(10**9)
+            assert await anext(stream) == 0
+        with pytest.raises(afork.ClosedError):
+            await read(stream)
+
+    arun(main)

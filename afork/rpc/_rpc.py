@@ -219,10 +219,14 @@ class Rpc:
     async def close(self) -> None:
         """Wait for all calls to be answered, and the process to end.
 
-        Cancelling this kills the process.
+        A stream that nobody is waiting on is ended: its generator may be
+        suspended for ever. Cancelling this kills the process.
         """
         self._closed = True
         connection = self._connect()
+        for call in list(connection.calls.values()):
+            if call.stream is not None and call.stream.waiter is None:
+                call.cancel()
         connection.finish()
         try:
             await connection.wait_ended()
