@@ -108,6 +108,11 @@ def hold(gate, value=None):
     return value
 
 
+def hold_twice(gate):
+    hold(gate)
+    return hold(gate)
+
+
 def note_and_hold(path, gate):
     note(path, "begun")
     return hold(gate)
