@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import signal
 
 import pytest
 
@@ -107,6 +108,43 @@ def test_cancelled_too_late(arun, jobs, gate, tmp_path):
             assert await first == 1
             assert await pool.call(jobs.add, 1) == 1, "the second was killed"
             assert pool.stats().counts.started == 2
+
+    arun(main)
+
+
+@pytest.mark.parametrize("how", ["cancel", "callback", "timeout"])
+def test_process_that_has_moved_on(arun, jobs, gate, tmp_path, how):
+    """The answer is there, but has not been read; the call behind has begun."""
+
+    async def main():
+        seen = Seen()
+        async with afork.Pool(max=1, load=2, on_event=seen) as pool:
+
+            def cancel(event):
+                seen(event)
+                if how == "callback" and len(seen.all) == 2:
+                    first.cancel()
+
+            options = {"timeout": 100} if how == "timeout" else {}
+            view = pool.with_options(on_event=cancel, **options)
+            first = view.call(jobs.hold_twice, gate.path)
+            begun = tmp_path / "begun"
+            second = pool.call(jobs.note_and_hold, str(begun), gate.path)
+            await seen.held(1)
+            gate.open(2)
+            while not begun.exists():  # and no turn of the loop meanwhile
+                os.sched_yield()
+            if how == "cancel":
+                first.cancel()
+            if how == "timeout":
+                pool._core.workers.copy().pop()._overdue(first)
+                assert await first is None
+            await seen.held(3)
+            gate.open()
+            assert await second is None
+            assert first.cancelled() == (how != "timeout")
+            assert pool.stats().counts.started == 1
+            check(pool)
 
     arun(main)
 
@@ -278,6 +316,23 @@ def test_timeout_that_the_function_resists(arun, jobs, gate, function, load):
             assert pool.stats().counts.started == 2
             assert pool.stats().counts.lost == 0
             check(pool)
+
+    arun(main)
+
+
+def test_timeouts_that_timers_cannot_do(arun, jobs):
+    async def main():
+        pool = afork.Pool(max=1)
+        for wrong in (0, -1, float("nan")):
+            with pytest.raises(ValueError, match="must be positive"):
+                pool.with_options(timeout=wrong)
+        async with pool:
+            for much in (1e300, 1e8, float("inf"), None):
+                assert await pool.with_options(timeout=much).call(jobs.add, 1) == 1
+            for little in (1e-300, 1e-6):
+                with pytest.raises(TimeoutError):
+                    await pool.with_options(timeout=little).call(signal.pause)
+            assert await pool.call(jobs.add, 1) == 1
 
     arun(main)
 

@@ -93,6 +93,8 @@ class Core:
         self.on_event = settings.on_event
         self.count = Counts()
         self._own_template = template is None
+        #: The user may have prepared it: another one is not the same.
+        self._handed_out = False
         self._template = template
         self._main_told = False
         if template is not None:
@@ -164,14 +166,30 @@ class Core:
     def template(self) -> Fork:
         """The process that all others are forked from."""
         template = self._template
-        if template is not None and not (self._own_template and _is_dead(template)):
+        if template is not None and not self._is_replaceable():
             return template
-        template = self._template = Fork.new()
         self._proven = False
+        template = self._template = Fork.new()
         needs_main, self._main_told = self._main_told, False
         self._prepare(template)
         if needs_main:
             self._tell_main(template)
+        return template
+
+    def _is_replaceable(self) -> bool:
+        """Whether there will be another template, because this one has died."""
+        template = self._template
+        return (
+            template is not None
+            and self._own_template
+            and not self._handed_out
+            and _is_dead(template)
+        )
+
+    def hand_out_template(self) -> Fork:
+        """The template, for the user to prepare."""
+        template = self.template
+        self._handed_out = True
         return template
 
     # -- calls
@@ -380,6 +398,8 @@ class Core:
         except Exception as exc:
             self._call_user(s.on_error, exc)
             self._start_failed(exc)
+            self._grow_soon()
+            return
         if n < wanted:
             self._grow_at(now + s.start)
 
@@ -421,9 +441,8 @@ class Core:
 
     def _start_failed(self, error: BaseException) -> None:
         """A process could not be started."""
-        template = self._template
-        if self._proven and template and self._own_template and _is_dead(template):
-            return  # it will be replaced
+        if self._proven and self._is_replaceable():
+            return
         self._paused_until = self.loop.time() + self._pause
         self._pause = min(2 * self._pause, _PAUSE_MAX)
         if self.workers:
@@ -528,11 +547,23 @@ class Core:
                 await asyncio.wait(ended, timeout=_GRACE)
             finally:  # cancelled: they have had their time
                 self.kill()
+                self._forgo_starts()
+                await asyncio.wait(ended, timeout=_GRACE)
+                for worker in list(self.leaving):
+                    worker.give_up()  # its template does not say what became of it
                 await asyncio.wait(ended)
         if not self._destroyed:
             self._destroy()
         if self._own_template and self._template is not None:
             await _end(self._template)
+
+    def _forgo_starts(self) -> None:
+        """Do not wait for a template that is busy, hung or stopped."""
+        late = [worker for worker in self.leaving if worker.fork.pid is None]
+        if late and self._own_template and self._template is not None:
+            _kill(self._template)
+        for worker in late:
+            worker.give_up()
 
     def _destroy(self) -> None:
         self._destroyed = True
@@ -556,12 +587,21 @@ def _is_dead(template: Fork) -> bool:
     return process.gone or process.broken or process.error is not None
 
 
-async def _end(template: Fork) -> None:
+def _kill(template: Fork) -> None:
     try:
-        async with asyncio.timeout(_GRACE):
-            await template.wait()
-    except Exception:
+        template.kill()
+    except ProcessLookupError:
+        pass
+
+
+async def _end(template: Fork) -> None:
+    for _ in range(2):
         try:
-            template.kill()
-        except ProcessLookupError:
-            pass
+            async with asyncio.timeout(_GRACE):
+                await template.wait()
+                return
+        except TimeoutError:
+            _kill(template)
+        except Exception:  # nobody knows how it has ended
+            _kill(template)
+            return
