@@ -111,6 +111,43 @@ def test_cancelled_too_late(arun, jobs, gate, tmp_path):
     arun(main)
 
 
+@pytest.mark.parametrize("how", ["cancel", "callback", "timeout"])
+def test_process_that_has_moved_on(arun, jobs, gate, tmp_path, how):
+    """The answer is there, but has not been read; the call behind has begun."""
+
+    async def main():
+        seen = Seen()
+        async with afork.Pool(max=1, load=2, on_event=seen) as pool:
+
+            def cancel(event):
+                seen(event)
+                if how == "callback" and len(seen.all) == 2:
+                    first.cancel()
+
+            options = {"timeout": 100} if how == "timeout" else {}
+            view = pool.with_options(on_event=cancel, **options)
+            first = view.call(jobs.hold_twice, gate.path)
+            begun = tmp_path / "begun"
+            second = pool.call(jobs.note_and_hold, str(begun), gate.path)
+            await seen.held(1)
+            gate.open(2)
+            while not begun.exists():  # and no turn of the loop meanwhile
+                os.sched_yield()
+            if how == "cancel":
+                first.cancel()
+            if how == "timeout":
+                pool._core.workers.copy().pop()._overdue(first)
+                assert await first is None
+            await seen.held(3)
+            gate.open()
+            assert await second is None
+            assert first.cancelled() == (how != "timeout")
+            assert pool.stats().counts.started == 1
+            check(pool)
+
+    arun(main)
+
+
 def test_cancelling_a_stream(arun, jobs, gate):
     async def main():
         seen = Seen()

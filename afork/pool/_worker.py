@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 from typing import TYPE_CHECKING, Any
 
 from afork.rpc._client import Call, Connection
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from afork._fork import Fork
 
     from ._core import Core
+
+#: Times that a socket is read in a row: what it can hold, but not for as long
+#: as the process goes on to send.
+_READS_MAX = 256
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -104,6 +109,10 @@ class Worker(Connection):
             )
 
     def _overdue(self, call: PoolCall) -> None:
+        timer = call.timer
+        self._catch_up(call)
+        if call.timer is not timer:
+            return  # it has ended; perhaps it has begun anew
         if not call.done():
             self.core.count.timeouts += 1
             error = TimeoutError(f"the call has not ended after {call.limit:g} s")
@@ -123,7 +132,8 @@ class Worker(Connection):
             return
         runs = self.core.asynchronous or self._running() is call
         if runs and not self.core.asynchronous and call.stream is None:
-            self._condemn(call)
+            # Not from in here: it may be a callback for what has been read.
+            self.loop.call_soon(self._end_late, call)
         elif self.link is not None:
             # A task ends, a generator is closed, what waits is forgotten.
             self.link.send(CANCEL, call.id, b"")
@@ -134,7 +144,25 @@ class Worker(Connection):
     def _expect_end(self, call: PoolCall) -> None:
         """It has been told to end, but the code in it may have its own mind."""
         self._stop_timer(call)
-        call.timer = self.loop.call_later(call.kill_after, self._condemn, call)
+        call.timer = self.loop.call_later(call.kill_after, self._end_late, call)
+
+    def _end_late(self, call: PoolCall) -> None:
+        """Nobody waits for this call: the process goes, if it is still at it."""
+        self._catch_up(call)
+        self._condemn(call)
+
+    def _catch_up(self, call: PoolCall) -> None:
+        """Read what has been sent: the process may be at another call by now."""
+        poll = select.poll()
+        if self.link is not None:
+            poll.register(self.link.fileno(), select.POLLIN)
+        for _ in range(_READS_MAX):
+            link = self.link
+            if link is None or call.id not in self.calls:
+                return
+            if not link.pending and not poll.poll(0):
+                return
+            self._on_readable()
 
     def _condemn(self, call: PoolCall) -> None:
         """Kill the process for a call that it is still at."""

@@ -113,6 +113,11 @@ def hold_and_crash(gate, how):
     crash(how)
 
 
+def hold_twice(gate):
+    hold(gate)
+    return hold(gate)
+
+
 def note_and_hold(path, gate):
     note(path, "begun")
     return hold(gate)
