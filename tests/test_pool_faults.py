@@ -333,3 +333,31 @@ def test_close_twice_and_together(arun, jobs, gate):
         assert len(over.all) == 1
 
     arun(main)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("n", [1, 3])
+def test_close_while_the_template_is_busy(arun, jobs, gate, own, n):
+    """The template does not say that it is, and may be so for ever."""
+
+    async def main():
+        given = None if own else afork.Fork.new()
+        pool = afork.Pool(max=n, template=given)
+        template = pool.template.eval("open(args[0]).read(1)", gate.path)
+        calls = [pool.call(jobs.add, i) for i in range(4)]
+        await turn(3)
+        forks = [worker.fork for worker in pool._core.workers]
+        assert len(forks) == n
+        await pool.close(timeout=0)
+        assert all(call.cancelled() for call in calls)
+        assert not pool.stats().pids
+        if own:
+            assert template.returncode == -signal.SIGKILL
+        else:
+            gate.open()
+            for fork in forks:  # they end as soon as they have begun
+                await fork.wait()
+            async with afork.Pool(template=template) as other:
+                assert await other.call(jobs.add, 1) == 1
+
+    arun(main)

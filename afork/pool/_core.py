@@ -528,11 +528,23 @@ class Core:
                 await asyncio.wait(ended, timeout=_GRACE)
             finally:  # cancelled: they have had their time
                 self.kill()
+                self._forgo_starts()
+                await asyncio.wait(ended, timeout=_GRACE)
+                for worker in list(self.leaving):
+                    worker.give_up()  # its template does not say what became of it
                 await asyncio.wait(ended)
         if not self._destroyed:
             self._destroy()
         if self._own_template and self._template is not None:
             await _end(self._template)
+
+    def _forgo_starts(self) -> None:
+        """Do not wait for a template that is busy, hung or stopped."""
+        late = [worker for worker in self.leaving if worker.fork.pid is None]
+        if late and self._own_template and self._template is not None:
+            _kill(self._template)
+        for worker in late:
+            worker.give_up()
 
     def _destroy(self) -> None:
         self._destroyed = True
@@ -556,12 +568,21 @@ def _is_dead(template: Fork) -> bool:
     return process.gone or process.broken or process.error is not None
 
 
-async def _end(template: Fork) -> None:
+def _kill(template: Fork) -> None:
     try:
-        async with asyncio.timeout(_GRACE):
-            await template.wait()
-    except Exception:
+        template.kill()
+    except ProcessLookupError:
+        pass
+
+
+async def _end(template: Fork) -> None:
+    for _ in range(2):
         try:
-            template.kill()
-        except ProcessLookupError:
-            pass
+            async with asyncio.timeout(_GRACE):
+                await template.wait()
+                return
+        except TimeoutError:
+            _kill(template)
+        except Exception:  # nobody knows how it has ended
+            _kill(template)
+            return

@@ -233,6 +233,13 @@ class Worker(Connection):
         except (OSError, IndexError):
             return 0
 
+    def give_up(self) -> None:
+        """Wait neither for its start nor for its end; either is the end of it."""
+        if not self._tasks:
+            self._over()
+        for task in self._tasks:
+            task.cancel()
+
     def on_ready(self) -> None:
         self.core.worker_ready(self)
 
