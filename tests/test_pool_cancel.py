@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import signal
 
 import pytest
 
@@ -315,6 +316,23 @@ def test_timeout_that_the_function_resists(arun, jobs, gate, function, load):
             assert pool.stats().counts.started == 2
             assert pool.stats().counts.lost == 0
             check(pool)
+
+    arun(main)
+
+
+def test_timeouts_that_timers_cannot_do(arun, jobs):
+    async def main():
+        pool = afork.Pool(max=1)
+        for wrong in (0, -1, float("nan")):
+            with pytest.raises(ValueError, match="must be positive"):
+                pool.with_options(timeout=wrong)
+        async with pool:
+            for much in (1e300, 1e8, float("inf"), None):
+                assert await pool.with_options(timeout=much).call(jobs.add, 1) == 1
+            for little in (1e-300, 1e-6):
+                with pytest.raises(TimeoutError):
+                    await pool.with_options(timeout=little).call(signal.pause)
+            assert await pool.call(jobs.add, 1) == 1
 
     arun(main)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 import signal
@@ -11,6 +12,8 @@ import threading
 import pytest
 
 import afork
+from afork.pool import _core
+from afork.rpc._rpc import Setup
 
 from .scripts.fault_tools import log, subreaper  # noqa: F401 - a fixture
 from .scripts.pool_tools import Seen, check, gone, turn
@@ -130,6 +133,84 @@ def test_no_descriptor_is_left(arun, jobs, log):  # noqa: F811
     log.lines.clear()
 
 
+def test_start_that_fails_is_tried_again(arun, jobs, log, monkeypatch):  # noqa: F811
+    """No descriptor is left for the pipe of the second of three."""
+    made = []
+    real = _core.OutputPipe
+
+    def pipe(*args):
+        made.append(None)
+        if len(made) == 2:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(*args)
+
+    monkeypatch.setattr(_core, "OutputPipe", pipe)
+    monkeypatch.setattr(_core, "_PAUSE", 0.01)
+
+    async def main():
+        told = Seen()
+        async with afork.Pool(idle=3, max=3, on_error=told) as pool:
+            while pool.stats().idle < 3:
+                await turn()
+            assert pool.stats().counts.started == 3
+            assert [error.errno for error in told.all] == [errno.EMFILE]
+
+    arun(main)
+    log.lines.clear()
+
+
+def test_own_template_that_cannot_be_replaced(arun, jobs, log, monkeypatch):  # noqa: F811
+    async def main():
+        async with afork.Pool(max=1) as pool:
+            assert await pool.call(jobs.add, 1) == 1
+            template = pool._core.template
+            template.kill()
+            await template.wait()
+            pool.call(jobs.pid).cancel()
+            with monkeypatch.context() as patch:
+                tried = []
+
+                def new():
+                    tried.append(None)
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+                patch.setattr(afork.Fork, "new", new)
+                with pytest.raises(OSError, match="Too many open files"):
+                    await pool.call(jobs.add, 1)
+                assert len(tried) == 1
+            assert await pool.call(jobs.add, 1) == 1
+
+    arun(main)
+    log.lines.clear()
+
+
+def test_template_that_dies_during_a_start(arun, jobs, log, monkeypatch):  # noqa: F811
+    """What cannot start because of that is not the end of what waits."""
+    run = Setup.run
+
+    async def main():
+        async with afork.Pool(max=1) as pool:
+            pid = await pool.call(jobs.pid)
+            failed = []
+
+            def fail_once(*args):
+                if not failed:
+                    failed.append(pool._core.template.kill())
+                    pool._core.template._process.gone = True  # as is known soon
+                    raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
+                return run(*args)
+
+            monkeypatch.setattr(Setup, "run", fail_once)
+            os.kill(pid, signal.SIGKILL)
+            await gone([pid])
+            while await pool.call(jobs.pid) == pid:
+                pass
+            assert failed
+
+    arun(main)
+    log.lines.clear()
+
+
 def test_many_calls_that_cannot_be_sent(arun, jobs, gate):
     """No descriptor for their arguments: each fails, none takes the others along."""
 
@@ -167,7 +248,7 @@ def test_own_template_is_replaced(arun, jobs, gate):
             for _ in range(3):
                 calls = [pool.call(jobs.hold, gate.path) for _ in range(4)]
                 await seen.held(2)
-                template = pool.template
+                template = pool._core.template
                 pids = pool.stats().pids
                 template.kill()
                 await gone(list(pids))
@@ -180,13 +261,33 @@ def test_own_template_is_replaced(arun, jobs, gate):
                         result, afork.WorkerLost | afork.TemplateError
                     )
                 assert await pool.call(jobs.add, 1) == 1
-                assert pool.template is not template
+                assert pool._core.template is not template
                 check(pool)
                 while os.read(gate.fd, 100) == b"":
                     pass
                 seen.all.clear()
 
     arun(main)
+
+
+def test_own_template_that_was_prepared(arun, jobs, gate, log):  # noqa: F811
+    """Another one would lack what has been done to it."""
+
+    async def main():
+        async with afork.Pool(max=1, init=jobs.init) as pool:
+            template = pool.template.send_arg("prepared")
+            assert await pool.call(jobs.get_state) == ["prepared"]
+            template.kill()
+            await template.wait()
+            pool.call(jobs.add, 1).cancel()  # its process goes as well
+            for _ in range(2):
+                with pytest.raises(afork.TemplateError):
+                    await pool.call(jobs.get_state)
+            assert pool.template is template
+            check(pool)
+
+    arun(main)
+    log.lines.clear()
 
 
 def test_given_template_that_dies(arun, jobs, gate, log):  # noqa: F811

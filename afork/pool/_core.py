@@ -93,6 +93,8 @@ class Core:
         self.on_event = settings.on_event
         self.count = Counts()
         self._own_template = template is None
+        #: The user may have prepared it: another one is not the same.
+        self._handed_out = False
         self._template = template
         self._main_told = False
         if template is not None:
@@ -164,14 +166,30 @@ class Core:
     def template(self) -> Fork:
         """The process that all others are forked from."""
         template = self._template
-        if template is not None and not (self._own_template and _is_dead(template)):
+        if template is not None and not self._is_replaceable():
             return template
-        template = self._template = Fork.new()
         self._proven = False
+        template = self._template = Fork.new()
         needs_main, self._main_told = self._main_told, False
         self._prepare(template)
         if needs_main:
             self._tell_main(template)
+        return template
+
+    def _is_replaceable(self) -> bool:
+        """Whether there will be another template, because this one has died."""
+        template = self._template
+        return (
+            template is not None
+            and self._own_template
+            and not self._handed_out
+            and _is_dead(template)
+        )
+
+    def hand_out_template(self) -> Fork:
+        """The template, for the user to prepare."""
+        template = self.template
+        self._handed_out = True
         return template
 
     # -- calls
@@ -380,6 +398,8 @@ class Core:
         except Exception as exc:
             self._call_user(s.on_error, exc)
             self._start_failed(exc)
+            self._grow_soon()
+            return
         if n < wanted:
             self._grow_at(now + s.start)
 
@@ -421,9 +441,8 @@ class Core:
 
     def _start_failed(self, error: BaseException) -> None:
         """A process could not be started."""
-        template = self._template
-        if self._proven and template and self._own_template and _is_dead(template):
-            return  # it will be replaced
+        if self._proven and self._is_replaceable():
+            return
         self._paused_until = self.loop.time() + self._pause
         self._pause = min(2 * self._pause, _PAUSE_MAX)
         if self.workers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,11 @@ class PoolStats:
     counts: Counts
 
 
+def _timer_seconds(seconds: float) -> float | None:
+    """What timers can do: neither zero, which is none, nor more than they hold."""
+    return None if seconds == math.inf else min(max(seconds, 1e-6), 1e8)
+
+
 class Calls:
     """What can be called: a `Pool`, or a view of one with other options."""
 
@@ -87,9 +93,12 @@ class Calls:
         if "retry_on" in options:
             kinds = options["retry_on"]
             options["retry_on"] = (kinds,) if isinstance(kinds, type) else tuple(kinds)
+        timeout = options.get("timeout")
+        if timeout is not None:
+            if not timeout > 0:  # or not a number
+                raise ValueError(f"timeout must be positive: {timeout}")
+            options["timeout"] = _timer_seconds(timeout)
         new = replace(self._options, **options)
-        if new.timeout is not None and new.timeout <= 0:
-            raise ValueError(f"timeout must be positive: {new.timeout}")
         if new.capture and self._pool()._setup.asynchronous:
             raise ValueError("capture needs a synchronous pool: one call at a time")
         return View(self._pool(), new)
@@ -394,8 +403,11 @@ class Pool(Calls):
 
     @property
     def template(self) -> Fork:
-        """The process that all others are forked from, to be configured."""
-        return self._start().template
+        """The process that all others are forked from, to be configured.
+
+        Once it has been asked for, it is not replaced when it dies.
+        """
+        return self._start().hand_out_template()
 
     def stats(self) -> PoolStats:
         """What the pool is doing, and has done."""
