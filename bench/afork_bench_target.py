@@ -6,7 +6,6 @@ Next to nothing. A module of its own: importing it is cheap, and can be preloade
 from __future__ import annotations
 
 import os
-import socket
 
 PAGE = 4096
 
@@ -38,6 +37,8 @@ def meet(address: str) -> int:
 
     Or for its end: a process that waits here is never left behind.
     """
+    import socket  # not at the top: it is as dear as several starts
+
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(address)
         sock.sendall(os.getpid().to_bytes(8, "little"))

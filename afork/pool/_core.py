@@ -17,6 +17,7 @@ from afork.rpc._client import Event, call_user, copy_error
 from afork.rpc._logs import LogRelay
 from afork.rpc._output import OutputPipe
 from afork.rpc._rpc import Setup
+from afork.rpc._stream import Unread
 
 from ._worker import PoolCall, Worker
 
@@ -116,6 +117,7 @@ class Core:
         self.open = 0
         self.closed = False
         self._over: asyncio.Future[None] | None = None
+        self._closing = False
         self._growing = self._dispatching = False
         self._grow_timer: asyncio.TimerHandle | None = None
         self._last_start = -1e9
@@ -396,6 +398,8 @@ class Core:
             for fork in self.template.fork_many(n):
                 self._start(fork)
         except Exception as exc:
+            # The frames in it would keep the other processes.
+            exc.with_traceback(None)
             self._call_user(s.on_error, exc)
             self._start_failed(exc)
             self._grow_soon()
@@ -518,6 +522,9 @@ class Core:
     async def close(self, timeout: float | None) -> None:
         """Wait for the calls, up to a time; then end all processes."""
         self.closed = True
+        if not self._closing:
+            self._closing = True
+            self._end_unread(Unread())
         try:
             async with asyncio.timeout(timeout):
                 await self.drain()
@@ -528,6 +535,13 @@ class Core:
             raise
         finally:
             await self._end_workers()
+
+    def _end_unread(self, unread: Unread) -> None:
+        """End streams that nobody has read for a while."""
+        workers = [*self.workers, *self.leaving]
+        for call in unread.look(c for w in workers for c in w.calls.values()):
+            call.cancel()  # its reader, should it come back, is told
+        self._later(_GRACE, lambda: self._end_unread(unread))
 
     def cancel_all(self) -> None:
         """Cancel the calls that are open, and kill the processes."""

@@ -235,10 +235,12 @@ class Worker(Connection):
 
     def give_up(self) -> None:
         """Wait neither for its start nor for its end; either is the end of it."""
-        if not self._tasks:
-            self._over()
         for task in self._tasks:
             task.cancel()
+        if not self._tasks:
+            self.close_link()
+            self.before_end()
+            self._tell_ended()
 
     def on_ready(self) -> None:
         self.core.worker_ready(self)

@@ -245,18 +245,24 @@ class Connection:
 
         A process that it has forked, say: there is no end of file then.
         """
-        loop, on_exit = self.loop, weakref.WeakMethod(self._on_exit)
+        self._when_exited(weakref.WeakMethod(self._on_exit))
+
+    def _when_exited(self, find: Callable[[], Callable[[], None] | None]) -> None:
+        """Call what is found then, on our loop, once the end is known."""
+        loop = self.loop
 
         def exited() -> None:  # in any thread
-            callback = on_exit()
+            callback = find()
             if callback is not None and not loop.is_closed():
                 try:
                     loop.call_soon_threadsafe(callback)
                 except RuntimeError:
                     pass  # closed since
 
+        process = self.fork._process
         with hub().lock:
-            self.fork._process.when_exited(exited)
+            process.watch_exit()
+            process.when_exited(exited)
 
     def _on_exit(self) -> None:
         link = self.link
@@ -549,7 +555,12 @@ class Connection:
         """Nothing more will come."""
         self.close_link()
         self.before_end()
-        self._spawn(self.end(self.error))
+        # Not by a task: a loop that is being torn down would not run it.
+        self._when_exited(lambda: self._tell_ended)
+
+    def _tell_ended(self) -> None:
+        if not self.ended.done():
+            self._tell(self.error)
 
     async def end(self, error: BaseException | None) -> None:
         """Wait for the process to end, then tell whoever has to know."""

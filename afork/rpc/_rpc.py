@@ -24,7 +24,7 @@ from ._client import (
     encode_call,
 )
 from ._codecs import close_all, codec_name, find_codec
-from ._stream import Stream
+from ._stream import Stream, Unread
 
 logger = logging.getLogger("afork")
 
@@ -219,17 +219,18 @@ class Rpc:
     async def close(self) -> None:
         """Wait for all calls to be answered, and the process to end.
 
-        A stream that nobody is waiting on is ended: its generator may be
-        suspended for ever. Cancelling this kills the process.
+        A stream of which nothing is read for a second, so that its generator
+        waits, is ended. Cancelling this kills the process.
         """
         self._closed = True
         connection = self._connect()
-        for call in list(connection.calls.values()):
-            if call.stream is not None and call.stream.waiter is None:
-                call.cancel()
         connection.finish()
+        unread = Unread()
         try:
-            await connection.wait_ended()
+            while not connection.ended.done():
+                for call in unread.look(connection.calls.values()):
+                    call.cancel()
+                await asyncio.wait([connection.ended], timeout=1.0)
         except asyncio.CancelledError:
             connection.kill()
             raise

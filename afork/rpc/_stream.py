@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 from afork._errors import ClosedError
@@ -122,6 +122,30 @@ class Stream(AsyncIterator[Any]):
                 loop.call_soon_threadsafe(_end, self._call, self._items)
             except RuntimeError:
                 self._items.clear()  # closed since
+
+
+class Unread:
+    """Finds streams that nobody has read from one look to the next.
+
+    Their generators wait for a reader, and so would whoever closes: for ever, if
+    it has left its loop but not let go of the stream.
+    """
+
+    def __init__(self) -> None:
+        #: Those that waited at the last look, and for what to be read.
+        self._before: dict[Call, object] = {}
+
+    def look(self, calls: Iterable[Call]) -> list[Call]:
+        """The calls of such streams; none the first time."""
+        now: dict[Call, object] = {}
+        for call in calls:
+            items = None if call.done() else call.stream
+            # More than a reader leaves there before it gives credit.
+            if items is not None and len(items.queue) > WINDOW // 2:
+                now[call] = items.queue[0]
+        stale = [c for c, item in now.items() if self._before.get(c) is item]
+        self._before = now
+        return stale
 
 
 def _end(call: Call, items: Items) -> None:
