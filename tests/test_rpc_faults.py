@@ -290,7 +290,7 @@ def test_a_stream_that_is_collected_in_another_thread(arun):
 
 def test_a_stream_that_is_collected_after_its_loop(loop_factory):
     async def main():
-        stream = rpc("large_items").stream(10, len(BULK))
+        stream = rpc("large_items").stream(1000, len(BULK))
         assert len(await anext(stream)) == len(BULK)
         await turns_until(lambda: len(stream._items.queue) > 4)
         return stream
