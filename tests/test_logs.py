@@ -25,9 +25,6 @@ from .conftest import open_descriptors
 PRELUDE = """
 import logging, os, signal, sys, threading, warnings
 
-# CPython counts threads in /proc/self/stat as if no name had a space.
-warnings.filterwarnings("ignore", "This process .* is multi-threaded")
-
 def start(handle, *args):
     from afork.rpc._logs import install
     install(handle.detach(), *args)

@@ -154,6 +154,8 @@ class AsyncServer(_serve.Server):
 
     def flush_some(self) -> None:
         self.flushing = False
+        # A child whose loop goes on has a copy of what its parent will send.
+        self.end_if_forked(None)
         try:
             all_sent = self.link.flush()
         except OSError:
@@ -184,6 +186,7 @@ class AsyncServer(_serve.Server):
     async def answer(
         self, work: Any, kind: int, id: int, payload: bytes, fds: tuple[int, ...]
     ) -> None:
+        self.end_if_forked(None)  # the parent runs it
         del self.waiting[id]
         try:
             await work(kind, id, payload, fds)
@@ -223,6 +226,7 @@ class AsyncServer(_serve.Server):
             items = _async_iterator(source)
             try:
                 async for item in items:
+                    self.end_if_forked(None)
                     await credit.take()
                     self.send(ITEM, id, item)
                     self.sent()

@@ -168,6 +168,7 @@ class SyncServer(_serve.Server):
                 self.take(True)
             if self.cancelled or self.credit <= 0:
                 break
+        self.end_if_forked(None)
         close = getattr(items, "close", None)
         if close is not None:
             close()

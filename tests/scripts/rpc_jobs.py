@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import ctypes
+import logging
 import os
 import signal
 import sys
+import threading
 import time
+import warnings
 
 import afork.rpc
 
 state: list[object] = []
+
+variable: contextvars.ContextVar[str] = contextvars.ContextVar(
+    "variable", default="unset"
+)
 
 
 def echo(*args, **kwargs):
@@ -181,3 +190,152 @@ class Reversed:
         import ast
 
         return ast.literal_eval(bytes(data).decode()[::-1])
+
+
+# -- faults
+
+
+async def left_over():
+    """What calls that have ended should not leave: options and descriptors."""
+    server = afork.rpc._server
+    return len(server.options), len(server.waiting), len(os.listdir("/proc/self/fd"))
+
+
+class Unloadable:
+    """Raises something when it is unpickled."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __reduce__(self):
+        return throw, (self.error,)
+
+
+def throw(error):
+    raise error
+
+
+async def give(value, error=None):
+    return value if error is None else Unloadable(error())
+
+
+async def unloadable_event(value):
+    afork.rpc.event(Unloadable(ValueError("event")))
+    afork.rpc.event("good")
+    return value
+
+
+async def answer_and_die(n, last, gate):
+    """The last one leaves a process behind that has the socket and waits."""
+    if n == last:
+        for _ in range(3):  # the others have been answered
+            await asyncio.sleep(0)
+        afork.rpc.flush()
+        if os.fork() == 0:
+            fd = os.open(gate, os.O_RDONLY)
+            os.read(fd, 1)
+        os._exit(0)
+    return n
+
+
+def _fork(how):
+    """How a forked child ends up, whose status the parent returns."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it may complain
+    if how == "exit":
+        sys.exit(7)
+    if how == "raise":
+        raise ValueError("in the child")
+    return "child"
+
+
+def fork(how):
+    return _fork(how)
+
+
+async def async_fork(how):
+    return _fork(how)
+
+
+def fork_in_generator(how):
+    yield "before"
+    status = _fork(how)
+    if status != "child" or how == "yield":
+        yield status
+
+
+async def async_fork_in_generator(how):
+    yield "before"
+    status = _fork(how)
+    if status != "child" or how == "yield":
+        yield status
+    await asyncio.sleep(0)  # the child's loop goes on, with what is to be sent
+
+
+async def async_fork_and_wait(how):
+    """The child's loop goes on, with an event that both would send."""
+    afork.rpc.event("before")
+    status = _fork(how)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    return status
+
+
+def variables(n):
+    for _ in range(n):
+        yield variable.get()
+
+
+async def async_variables(n):
+    for _ in range(n):
+        yield variable.get()
+
+
+def one_and_wait():
+    yield 1
+    forever()
+
+
+def large_items(n, size):
+    for _ in range(n):
+        yield b"x" * size
+
+
+_opened = threading.Event()
+
+
+async def event_of_a_thread(action):
+    if action == "open":
+        _opened.set()
+        return None
+
+    def work():
+        afork.rpc.event("from a thread")
+        return _opened.wait(10)
+
+    return await asyncio.to_thread(work)
+
+
+def log(name):
+    logger = logging.getLogger(name)
+    logger.debug("to be seen")
+    other = logging.getLogger(f"{name}_other")
+    other.debug("not to be seen")
+    return logger.isEnabledFor(logging.DEBUG), other.isEnabledFor(logging.DEBUG)
+
+
+def printf(text):
+    """Output of C code, which stays in its buffer."""
+    ctypes.CDLL(None).printf(b"%s", text)
+
+
+def warnings_of_fork():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        if (pid := os.fork()) == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+    with open("/proc/self/comm") as file:
+        return [str(w.message) for w in seen], file.read().rstrip("\n")
