@@ -6,7 +6,8 @@ import sys
 
 from contenders import Contender, app_command, limits_command
 
-ONE = "one call at a time: an integer, and back"
+ONE = "one call at a time: an integer, and back; limit and ours on two processors"
+TOGETHER = "the same, all processes on one processor"
 MANY = "64 calls in flight, one worker"
 BULK = "64 MiB as an argument; the worker reads a byte of each page"
 SHARED = "an array born in a SharedBuffer; the worker writes into it"
@@ -90,19 +91,30 @@ def contenders() -> list[Contender]:
     """All of them; a key is "scenario/who"."""
     listed = [
         Contender(
-            "one/limit", "C: socketpair, 64 bytes", ONE, limits_command("pingpong")
+            f"{group}/limit",
+            "C: socketpair, 64 bytes",
+            scenario,
+            limits_command("pingpong", cpus=cpus),
         )
+        for group, scenario, cpus in (("one", ONE, 2), ("together", TOGETHER, 1))
     ]
+    # Peers are placed by the kernel, so this is what is compared with them.
+    command = app_command("call_peers.many_rpc")
+    label = "afork rpc, processors as the kernel likes"
+    listed.append(Contender("one/rpc-free", label, ONE, command))
     for key, label, function in _CALLS:
-        listed.append(
-            Contender(f"one/{key}", label, ONE, app_command(f"call_peers.{function}"))
-        )
+        command = app_command(f"call_peers.{function}")
+        listed.append(Contender(f"one/{key}", label, ONE, command))
+        if key not in PEERS:
+            name = function.replace("one_", "together_")
+            command = app_command(f"call_peers.{name}")
+            listed.append(Contender(f"together/{key}", label, TOGETHER, command))
     for key, label, function in (
         *_CALLS,
         ("rpc-window", "afork rpc, a window of futures", "rpc_window"),
     ):
         # A pool sends one worker at most `load` calls, and 1 by default.
-        name = function.replace("one_pool", "many_pool")
+        name = function.replace("one_", "many_")
         command = app_command(f"call_peers.{name}", INFLIGHT)
         listed.append(Contender(f"many/{key}", label, MANY, command, INFLIGHT))
     listed.append(

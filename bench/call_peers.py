@@ -181,11 +181,42 @@ async def anyio_process() -> AsyncIterator[Call]:
     yield lambda fn, *args: to_process.run_sync(fn, *args, limiter=limiter)
 
 
+def descendants() -> list[int]:
+    """All processes that this one has started, and they."""
+    found, new = [], {os.getpid()}
+    while new:
+        found += new
+        parents, new = new, set()
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            except OSError:  # it has ended
+                continue
+            if parent in parents:
+                new.add(int(stat.parent.name))
+    return found[1:]
+
+
+def place(cpus: int) -> None:
+    """Keep our processes on one processor, or us on one and them on another.
+
+    Left to itself the kernel does either, now this and then that. To wake another
+    processor that sleeps takes longer than all the rest.
+    """
+    usable = sorted(os.sched_getaffinity(0))
+    for pid in descendants():
+        os.sched_setaffinity(pid, {usable[0] if cpus == 2 else usable[-1]})
+    os.sched_setaffinity(0, {usable[-1]})
+
+
 async def calls(
-    made: Callable[[], AbstractAsyncContextManager[Call]], goal: Goal
+    made: Callable[[], AbstractAsyncContextManager[Call]], goal: Goal, cpus: int
 ) -> Sample:
     """As many tasks as calls may be in flight, each with one at a time."""
     async with made() as call:
+        if cpus:
+            await call(target.echo, 0)
+            place(cpus)
         return await measure(lambda: call(target.echo, 1), goal)
 
 
@@ -193,18 +224,25 @@ def looped(
     made: Callable[[], AbstractAsyncContextManager[Call]],
     package: str,
     loop_package: str | None = None,
+    cpus: int = 0,
 ) -> Callable[[Goal], Sample]:
     def contender(goal: Goal) -> Sample:
-        sample = run_async(lambda: calls(made, goal), loop_package)
+        sample = run_async(lambda: calls(made, goal, cpus), loop_package)
         return {**sample, "versions": versions(package)}
 
     return contender
 
 
-one_rpc = looped(rpc, "afork")
-one_rpc_uvloop = looped(rpc, "afork", "uvloop")
-one_pool = looped(pool(), "afork")
-one_pool_uvloop = looped(pool(), "afork", "uvloop")
+one_rpc = looped(rpc, "afork", cpus=2)
+one_rpc_uvloop = looped(rpc, "afork", "uvloop", cpus=2)
+one_pool = looped(pool(), "afork", cpus=2)
+one_pool_uvloop = looped(pool(), "afork", "uvloop", cpus=2)
+together_rpc = looped(rpc, "afork", cpus=1)
+together_rpc_uvloop = looped(rpc, "afork", "uvloop", cpus=1)
+together_pool = looped(pool(), "afork", cpus=1)
+together_pool_uvloop = looped(pool(), "afork", "uvloop", cpus=1)
+many_rpc = looped(rpc, "afork")
+many_rpc_uvloop = looped(rpc, "afork", "uvloop")
 many_pool = looped(pool(64), "afork")
 many_pool_uvloop = looped(pool(64), "afork", "uvloop")
 ppe_asyncio = looped(executor_in_loop, "concurrent.futures")

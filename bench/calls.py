@@ -19,7 +19,17 @@ from typing import Any
 
 import call_targets
 import table
-from call_contenders import BULK, COLD, LOST, MANY, ONE, QUEUE, SHARED, contenders
+from call_contenders import (
+    BULK,
+    COLD,
+    LOST,
+    MANY,
+    ONE,
+    QUEUE,
+    SHARED,
+    TOGETHER,
+    contenders,
+)
 from contenders import Contender, Job
 from meter import Sample
 from start import BUILD, SETTLE, build_limits, machine, run_one
@@ -129,6 +139,7 @@ _CPU: Cell = ("app CPU us", _cell(_get("cpu_us"), ".1f"))
 
 CELLS: dict[str, list[Cell]] = {
     ONE: [("us", _cell(_per_call(1e6), ".1f")), _RATE, _CPU],
+    TOGETHER: [("us", _cell(_per_call(1e6), ".1f")), _RATE, _CPU],
     MANY: [("us", _cell(_per_call(1e6), ".1f")), _RATE, _CPU],
     BULK: [("ms", _cell(_per_call(1e3), ".1f"))],
     SHARED: [("us", _cell(_per_call(1e6), ".0f"))],
@@ -151,6 +162,7 @@ CELLS: dict[str, list[Cell]] = {
 #: What a ratio column divides by, as time: a key, and its heading.
 BASES = {
     ONE: ("one/limit", "of limit"),
+    TOGETHER: ("together/limit", "of limit"),
     MANY: ("many/ppe", "of PPE"),
 }
 
@@ -170,7 +182,7 @@ def _lines(scenario: str, chosen: list[Contender], results: Results) -> list[lis
         row = [one.label, *(render(samples) for _, render in cells)]
         if base:
             found = ratios(results, one.key, base)
-            shown = [1 / x for x in found] if scenario == ONE else found
+            shown = [1 / x for x in found] if scenario != MANY else found
             row.append(f"{median(shown):.2f}x" if shown else "-")
         lines.append(row)
         missing = len(results[one.key]) - len(samples)

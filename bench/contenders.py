@@ -38,7 +38,11 @@ class Contender:
 
 
 def limits_command(
-    mode: str, inflight: int = 1, mb: int = 0, program: list[str] | None = None
+    mode: str,
+    inflight: int = 1,
+    mb: int = 0,
+    program: list[str] | None = None,
+    cpus: int = 0,
 ) -> Callable[[Job], list[str]]:
     def command(job: Job) -> list[str]:
         if job.limits is None:
@@ -48,6 +52,8 @@ def limits_command(
             str(inflight),
             "--mb",
             str(mb),
+            "--cpus",
+            str(cpus),
             "--seconds",
             str(job.seconds),
         ]

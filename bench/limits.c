@@ -16,6 +16,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <spawn.h>
 #include <stdio.h>
@@ -38,6 +39,7 @@ struct options {
     size_t inflight;
     double seconds;
     long count;
+    long cpus;      /* 0: wherever the kernel puts them */
     char **program; /* borrowed from argv */
 };
 
@@ -339,6 +341,24 @@ transmit(int fd, const char *message)
         die("write");
 }
 
+/* Keep this process on the first or the last processor that it may use. */
+static void
+stay(int last)
+{
+    cpu_set_t all, one;
+    int found = -1;
+
+    if (sched_getaffinity(0, sizeof all, &all) < 0)
+        die("sched_getaffinity");
+    for (int cpu = 0; cpu < CPU_SETSIZE && (last || found < 0); cpu++)
+        if (CPU_ISSET(cpu, &all))
+            found = cpu;
+    CPU_ZERO(&one);
+    CPU_SET(found, &one);
+    if (sched_setaffinity(0, sizeof one, &one) < 0)
+        die("sched_setaffinity");
+}
+
 static void
 pingpong_loop(const struct options *options, struct meter *meter)
 {
@@ -353,11 +373,15 @@ pingpong_loop(const struct options *options, struct meter *meter)
         die("fork");
     if (pid == 0) {
         close(pair[0]);
+        if (options->cpus > 0)
+            stay(options->cpus == 1);
         while (receive(pair[1], message))
             transmit(pair[1], message);
         _exit(0);
     }
     close(pair[1]);
+    if (options->cpus > 0)
+        stay(1);
     meter_begin(meter, options);
     while (meter_more(meter)) {
         transmit(pair[0], message);
@@ -391,6 +415,8 @@ parse(struct options *options, int argc, char **argv)
             options->seconds = strtod(argv[++i], NULL);
         else if (strcmp(argv[i], "--count") == 0)
             options->count = strtol(argv[++i], NULL, 10);
+        else if (strcmp(argv[i], "--cpus") == 0)
+            options->cpus = strtol(argv[++i], NULL, 10);
         else {
             fprintf(stderr, "limits: %s: unknown option\n", argv[i]);
             exit(2);
