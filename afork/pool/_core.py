@@ -10,14 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from afork import _afork
 from afork._fork import Fork
-from afork._interpreter import update_path
 from afork.rpc._client import Event, call_user, copy_error
 from afork.rpc._logs import LogRelay
 from afork.rpc._output import OutputPipe
 from afork.rpc._rpc import Setup
 
+from ._template import Template
 from ._worker import PoolCall, Worker
 
 logger = logging.getLogger("afork")
@@ -92,11 +91,12 @@ class Core:
         self.asynchronous = setup.asynchronous
         self.on_event = settings.on_event
         self.count = Counts()
-        self._own_template = template is None
-        self._template = template
-        self._main_told = False
-        if template is not None:
-            self._prepare(template)
+        modules = [setup.entry.partition(":")[0]]
+        if settings.stdout is not None or settings.stderr is not None:
+            modules.append("afork.rpc._redirect")
+        if settings.logging:
+            modules.append("afork.rpc._logs")
+        self.template = Template(template, setup, modules)
         #: Processes that get calls or will, as many as count against max.
         self.workers: set[Worker] = set()
         self.starting = 0
@@ -117,59 +117,11 @@ class Core:
         #: Until when no further process is tried, and how long the next time.
         self._paused_until = -1e9
         self._pause = _PAUSE
-        #: A process of our own template has been initialised: should it die, it
-        #: is not because it cannot work.
-        self._proven = False
         self._timers: set[asyncio.TimerHandle] = set()
         self._stop_timer: asyncio.TimerHandle | None = None
         self._destroyed = False
         if settings.idle:
             self._grow_soon()
-
-    # -- the template
-
-    def _prepare(self, template: Fork) -> None:
-        # All that each process would import: it is part of how long a lost one
-        # takes to be replaced.
-        modules = [self.setup.entry.partition(":")[0]]
-        s = self.settings
-        if s.stdout is not None or s.stderr is not None:
-            modules.append("afork.rpc._redirect")
-        if s.logging:
-            modules.append("afork.rpc._logs")
-        template.require(*modules)
-        if self.setup.needs_main:
-            self._tell_main(template)
-
-    def _tell_main(self, template: Fork) -> None:
-        self._main_told = True
-        process = template._process
-        if process.has_main or process.channel is None:
-            return
-        update_path(process)
-        values = self.setup.values
-        packed = _afork.pack_strings([values["main-kind"], values["main"]])
-        process.channel.strings(_afork.CMD_SET, [b"main", packed])
-        process.flush()
-
-    def need_main(self) -> None:
-        """A function of the main program is called: load it once, for all."""
-        if not self._main_told and "main" in self.setup.values:
-            self._tell_main(self.template)
-
-    @property
-    def template(self) -> Fork:
-        """The process that all others are forked from."""
-        template = self._template
-        if template is not None and not (self._own_template and _is_dead(template)):
-            return template
-        template = self._template = Fork.new()
-        self._proven = False
-        needs_main, self._main_told = self._main_told, False
-        self._prepare(template)
-        if needs_main:
-            self._tell_main(template)
-        return template
 
     # -- calls
 
@@ -295,7 +247,7 @@ class Core:
         """A process is initialised."""
         if worker in self.workers:
             self.starting -= 1
-            self._proven = True
+            self.template.proven = True
             self._pause = _PAUSE
             self._rooms[0][worker] = None
             worker.idle_since = self.loop.time()
@@ -369,7 +321,7 @@ class Core:
             return
         self._last_start = now
         try:
-            for fork in self.template.fork_many(n):
+            for fork in self.template.get().fork_many(n):
                 self._start(fork)
         except Exception as exc:
             self._call_user(s.on_error, exc)
@@ -415,11 +367,12 @@ class Core:
 
     def _start_failed(self, error: BaseException) -> None:
         """A process could not be started."""
-        template = self._template
-        if self._proven and template and self._own_template and _is_dead(template):
+        if self.template.is_lost():
             return  # it will be replaced
-        self._paused_until = self.loop.time() + self._pause
-        self._pause = min(2 * self._pause, _PAUSE_MAX)
+        now = self.loop.time()
+        if now >= self._paused_until:  # or others have failed with it
+            self._paused_until = now + self._pause
+            self._pause = min(2 * self._pause, _PAUSE_MAX)
         if self.workers:
             # They do what waits, or fail as well.
             logger.warning("a process of a pool could not start: %s", error)
@@ -525,8 +478,7 @@ class Core:
                 await asyncio.wait(ended)
         if not self._destroyed:
             self._destroy()
-        if self._own_template and self._template is not None:
-            await _end(self._template)
+        await self.template.end()
 
     def _destroy(self) -> None:
         self._destroyed = True
@@ -536,26 +488,9 @@ class Core:
         for handle in (self._stop_timer, self._grow_timer):
             if handle is not None:
                 handle.cancel()
-        if self._own_template and self._template is not None:
-            self._template.close()
+        self.template.close()
         self._call_user(self.settings.on_destroy)
 
     def _call_user(self, callback: Callable[..., object] | None, *args: object) -> None:
         if callback is not None:
             call_user(self.loop, callback, *args)
-
-
-def _is_dead(template: Fork) -> bool:
-    process = template._process
-    return process.gone or process.broken or process.error is not None
-
-
-async def _end(template: Fork) -> None:
-    try:
-        async with asyncio.timeout(_GRACE):
-            await template.wait()
-    except Exception:
-        try:
-            template.kill()
-        except ProcessLookupError:
-            pass

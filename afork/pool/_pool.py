@@ -331,7 +331,7 @@ class Pool(Calls):
         if not callable(fn):
             raise TypeError(f"a function is needed, not {type(fn).__name__}")
         if getattr(fn, "__module__", None) in ("__main__", "__mp_main__"):
-            self._open().need_main()
+            self._open().template.need_main()
         return (fn, *args)
 
     def _encode(
@@ -395,7 +395,7 @@ class Pool(Calls):
     @property
     def template(self) -> Fork:
         """The process that all others are forked from, to be configured."""
-        return self._start().template
+        return self._start().template.get()
 
     def stats(self) -> PoolStats:
         """What the pool is doing, and has done."""
