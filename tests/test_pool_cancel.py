@@ -10,6 +10,7 @@ import pytest
 
 import afork
 
+from .conftest import bounded
 from .scripts.fault_tools import log, subreaper  # noqa: F401 - a fixture
 from .scripts.pool_tools import Seen, check, gone, turn
 
@@ -270,7 +271,7 @@ def test_the_loop_is_torn_down(loop_factory, jobs, gate):
         return tasks
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:
-        tasks = runner.run(main())
+        tasks = runner.run(bounded(main))
     assert all(task.cancelled() for task in tasks)
     assert sorted(order[2:]) == ["call over", "start over"]
 

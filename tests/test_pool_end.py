@@ -9,6 +9,7 @@ import pytest
 
 import afork
 
+from .conftest import bounded
 from .scripts.fault_tools import log  # noqa: F401 - a fixture
 from .scripts.pool_tools import Seen, gone, turn
 
@@ -63,6 +64,25 @@ def test_close_with_a_timeout(arun, jobs, gate):
         assert all(call.cancelled() for call in calls)
         await gone(pids)
         assert pool.stats().counts.cancelled == 3
+
+    arun(main)
+
+
+def test_streams_that_are_cut_off(arun, jobs, gate):
+    """Whoever reads one must not take it for complete."""
+
+    async def main():
+        seen = Seen()
+        pool = afork.Pool(max=1, on_event=seen)
+        stream = pool.stream(jobs.hold_stream, gate.path, 3)
+        gate.open()
+        assert await anext(stream) == 0
+        await pool.close(timeout=0)
+        with pytest.raises(asyncio.CancelledError):
+            await anext(stream)
+        await stream.aclose()
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
 
     arun(main)
 
@@ -133,4 +153,4 @@ def test_left_to_the_end_of_the_loop(arun, jobs, gate):
     kept.clear()
     gc.collect()
     gate.open()  # what runs is finished
-    asyncio.run(gone([pid]))
+    asyncio.run(bounded(lambda: gone([pid])))

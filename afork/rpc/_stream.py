@@ -59,6 +59,7 @@ class Stream(AsyncIterator[Any]):
         self._decode = decode
         self._items = call.stream = Items()
         self._taken = 0
+        self._closed = False
 
     @property
     def call_id(self) -> int:
@@ -72,7 +73,7 @@ class Stream(AsyncIterator[Any]):
         call, items = self._call, self._items
         while not items.queue:
             if call.done():
-                if not call.cancelled():
+                if not self._closed:
                     call.result()  # raises what the generator has raised
                 raise StopAsyncIteration
             if items.waiter is not None:
@@ -94,6 +95,7 @@ class Stream(AsyncIterator[Any]):
         self._end()
 
     def _end(self) -> None:
+        self._closed = True
         if not self._call.done():
             self._call.cancel()
         elif not self._call.cancelled():
