@@ -11,6 +11,7 @@ import pytest
 
 import afork
 
+from .conftest import bounded
 from .scripts.fault_tools import log, subreaper  # noqa: F401 - a fixture
 from .scripts.pool_tools import Seen, check, gone, turn
 
@@ -230,6 +231,36 @@ def test_closing_while_a_stream_is_read(arun, jobs):
     arun(main)
 
 
+def test_callbacks_that_use_the_pool(arun, jobs, gate):
+    """They are called in the middle of its work."""
+
+    async def main():
+        more = []
+
+        def on_event(event):
+            if event.args[0] == "progress":
+                more.append(pool.call(jobs.add, len(more)))
+            else:
+                held.cancel()
+
+        def on_error(error):
+            more.append(pool.call(jobs.add, len(more)))
+
+        options = {"on_event": on_event, "on_error": on_error}
+        async with afork.Pool(max=1, load=2, **options) as pool:
+            assert await pool.call(jobs.progress, 3) == 3
+            held = pool.call(jobs.hold, gate.path)
+            with pytest.raises(asyncio.CancelledError):
+                await held
+            with pytest.raises(afork.WorkerLost):
+                await pool.call(jobs.crash, "SIGKILL")
+            await pool.drain()
+            assert await asyncio.gather(*more) == [0, 1, 2, 3]
+            check(pool)
+
+    arun(main)
+
+
 async def turns_to_try(use):
     """As many turns of the loop as something takes, or (if many) some of them."""
     task = asyncio.create_task(use())
@@ -317,7 +348,7 @@ def test_the_loop_is_torn_down(loop_factory, jobs, gate):
         return tasks
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:
-        tasks = runner.run(main())
+        tasks = runner.run(bounded(main))
     assert all(task.cancelled() for task in tasks)
     assert sorted(order[2:]) == ["call over", "start over"]
 

@@ -188,7 +188,7 @@ def test_own_template_that_cannot_be_replaced(arun, jobs, log, monkeypatch):  # 
     async def main():
         async with afork.Pool(max=1) as pool:
             assert await pool.call(jobs.add, 1) == 1
-            template = pool._core.template
+            template = pool._core.template.get()
             template.kill()
             await template.wait()
             pool.call(jobs.pid).cancel()
@@ -220,8 +220,8 @@ def test_template_that_dies_during_a_start(arun, jobs, log, monkeypatch):  # noq
 
             def fail_once(*args):
                 if not failed:
-                    failed.append(pool._core.template.kill())
-                    pool._core.template._process.gone = True  # as is known soon
+                    failed.append(pool._core.template.get().kill())
+                    pool._core.template.get()._process.gone = True  # as is known soon
                     raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
                 return run(*args)
 
@@ -273,7 +273,7 @@ def test_own_template_is_replaced(arun, jobs, gate):
             for _ in range(3):
                 calls = [pool.call(jobs.hold, gate.path) for _ in range(4)]
                 await seen.held(2)
-                template = pool._core.template
+                template = pool._core.template.get()
                 pids = pool.stats().pids
                 template.kill()
                 await gone(list(pids))
@@ -286,7 +286,7 @@ def test_own_template_is_replaced(arun, jobs, gate):
                         result, afork.WorkerLost | afork.TemplateError
                     )
                 assert await pool.call(jobs.add, 1) == 1
-                assert pool._core.template is not template
+                assert pool._core.template.get() is not template
                 check(pool)
                 while os.read(gate.fd, 100) == b"":
                     pass

@@ -78,6 +78,16 @@ def test_frames_that_mean_nothing(jobs, kind, payload, id):
         runner.run(bounded(main))
 
 
+def test_a_process_that_closes_its_socket(arun, jobs):
+    async def main():
+        async with afork.Pool(max=1) as pool:
+            with pytest.raises(afork.WorkerLost):
+                await pool.call(jobs.close_socket)
+            assert await pool.call(jobs.add, 1) == 1
+
+    arun(main)
+
+
 def test_a_socket_that_a_grandchild_holds(arun, jobs):
     """The end of the process is noticed although its socket stays open."""
 

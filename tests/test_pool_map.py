@@ -122,26 +122,37 @@ def test_closing_early_cancels(arun, jobs, gate, ordered):
             results = pool.map(jobs.hold_pair, gates, ordered=ordered, limit=10)
             first = asyncio.ensure_future(anext(results))
             await seen.held(2)
-            gate.open(2)  # whoever of the two is the first
+            gate.open(5)  # whoever gets there first
             await first
             await results.aclose()
             await pool.drain()
             check(pool)
-            assert 1 <= pool.stats().counts.done <= 2
+            assert 1 <= pool.stats().counts.done <= 5
             assert pool.stats().counts.cancelled >= 1
             assert await pool.call(jobs.add, 1) == 1
 
+    arun(main)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_cancelling_who_reads(arun, jobs, gate, ordered):
+    async def main():
+        seen = Seen()
+        async with afork.Pool(max=2, on_event=seen) as pool:
+
             async def read():
-                async for _ in pool.map(jobs.hold_pair, [(gate.path, 0)] * 5):
+                items = [(gate.path, 0)] * 5
+                async for _ in pool.map(jobs.hold_pair, items, ordered=ordered):
                     pass
 
             task = asyncio.create_task(read())
-            n = len(seen.all)
-            await seen.held(n + 2)
+            await seen.held(2)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
             await pool.drain()
+            assert pool.stats().counts.cancelled == 4
+            check(pool)
 
     arun(main)
 

@@ -10,15 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from afork import _afork
 from afork._fork import Fork
-from afork._interpreter import update_path
 from afork.rpc._client import Event, call_user, copy_error
 from afork.rpc._logs import LogRelay
 from afork.rpc._output import OutputPipe
 from afork.rpc._rpc import Setup
 from afork.rpc._stream import Unread
 
+from ._template import Template
 from ._worker import PoolCall, Worker
 
 logger = logging.getLogger("afork")
@@ -93,13 +92,12 @@ class Core:
         self.asynchronous = setup.asynchronous
         self.on_event = settings.on_event
         self.count = Counts()
-        self._own_template = template is None
-        #: The user may have prepared it: another one is not the same.
-        self._handed_out = False
-        self._template = template
-        self._main_told = False
-        if template is not None:
-            self._prepare(template)
+        modules = [setup.entry.partition(":")[0]]
+        if settings.stdout is not None or settings.stderr is not None:
+            modules.append("afork.rpc._redirect")
+        if settings.logging:
+            modules.append("afork.rpc._logs")
+        self.template = Template(template, setup, modules)
         #: Processes that get calls or will, as many as count against max.
         self.workers: set[Worker] = set()
         self.starting = 0
@@ -124,75 +122,11 @@ class Core:
         #: Until when no further process is tried, and how long the next time.
         self._paused_until = -1e9
         self._pause = _PAUSE
-        #: A process of our own template has been initialised: should it die, it
-        #: is not because it cannot work.
-        self._proven = False
         self._timers: set[asyncio.TimerHandle] = set()
         self._stop_timer: asyncio.TimerHandle | None = None
         self._destroyed = False
         if settings.idle:
             self._grow_soon()
-
-    # -- the template
-
-    def _prepare(self, template: Fork) -> None:
-        # All that each process would import: it is part of how long a lost one
-        # takes to be replaced.
-        modules = [self.setup.entry.partition(":")[0]]
-        s = self.settings
-        if s.stdout is not None or s.stderr is not None:
-            modules.append("afork.rpc._redirect")
-        if s.logging:
-            modules.append("afork.rpc._logs")
-        template.require(*modules)
-        if self.setup.needs_main:
-            self._tell_main(template)
-
-    def _tell_main(self, template: Fork) -> None:
-        self._main_told = True
-        process = template._process
-        if process.has_main or process.channel is None:
-            return
-        update_path(process)
-        values = self.setup.values
-        packed = _afork.pack_strings([values["main-kind"], values["main"]])
-        process.channel.strings(_afork.CMD_SET, [b"main", packed])
-        process.flush()
-
-    def need_main(self) -> None:
-        """A function of the main program is called: load it once, for all."""
-        if not self._main_told and "main" in self.setup.values:
-            self._tell_main(self.template)
-
-    @property
-    def template(self) -> Fork:
-        """The process that all others are forked from."""
-        template = self._template
-        if template is not None and not self._is_replaceable():
-            return template
-        self._proven = False
-        template = self._template = Fork.new()
-        needs_main, self._main_told = self._main_told, False
-        self._prepare(template)
-        if needs_main:
-            self._tell_main(template)
-        return template
-
-    def _is_replaceable(self) -> bool:
-        """Whether there will be another template, because this one has died."""
-        template = self._template
-        return (
-            template is not None
-            and self._own_template
-            and not self._handed_out
-            and _is_dead(template)
-        )
-
-    def hand_out_template(self) -> Fork:
-        """The template, for the user to prepare."""
-        template = self.template
-        self._handed_out = True
-        return template
 
     # -- calls
 
@@ -320,7 +254,7 @@ class Core:
         """A process is initialised."""
         if worker in self.workers:
             self.starting -= 1
-            self._proven = True
+            self.template.proven = True
             self._pause = _PAUSE
             self._rooms[0][worker] = None
             self._least = 0
@@ -395,7 +329,7 @@ class Core:
             return
         self._last_start = now
         try:
-            for fork in self.template.fork_many(n):
+            for fork in self.template.get().fork_many(n):
                 self._start(fork)
         except Exception as exc:
             # The frames in it would keep the other processes.
@@ -445,10 +379,12 @@ class Core:
 
     def _start_failed(self, error: BaseException) -> None:
         """A process could not be started."""
-        if self._proven and self._is_replaceable():
+        if self.template.is_lost():
             return
-        self._paused_until = self.loop.time() + self._pause
-        self._pause = min(2 * self._pause, _PAUSE_MAX)
+        now = self.loop.time()
+        if now >= self._paused_until:  # or others have failed with it
+            self._paused_until = now + self._pause
+            self._pause = min(2 * self._pause, _PAUSE_MAX)
         if self.workers:
             # They do what waits, or fail as well.
             logger.warning("a process of a pool could not start: %s", error)
@@ -568,14 +504,13 @@ class Core:
                 await asyncio.wait(ended)
         if not self._destroyed:
             self._destroy()
-        if self._own_template and self._template is not None:
-            await _end(self._template)
+        await self.template.end()
 
     def _forgo_starts(self) -> None:
         """Do not wait for a template that is busy, hung or stopped."""
         late = [worker for worker in self.leaving if worker.fork.pid is None]
-        if late and self._own_template and self._template is not None:
-            _kill(self._template)
+        if late:
+            self.template.kill()
         for worker in late:
             worker.give_up()
 
@@ -587,35 +522,9 @@ class Core:
         for handle in (self._stop_timer, self._grow_timer):
             if handle is not None:
                 handle.cancel()
-        if self._own_template and self._template is not None:
-            self._template.close()
+        self.template.close()
         self._call_user(self.settings.on_destroy)
 
     def _call_user(self, callback: Callable[..., object] | None, *args: object) -> None:
         if callback is not None:
             call_user(self.loop, callback, *args)
-
-
-def _is_dead(template: Fork) -> bool:
-    process = template._process
-    return process.gone or process.broken or process.error is not None
-
-
-def _kill(template: Fork) -> None:
-    try:
-        template.kill()
-    except ProcessLookupError:
-        pass
-
-
-async def _end(template: Fork) -> None:
-    for _ in range(2):
-        try:
-            async with asyncio.timeout(_GRACE):
-                await template.wait()
-                return
-        except TimeoutError:
-            _kill(template)
-        except Exception:  # nobody knows how it has ended
-            _kill(template)
-            return

@@ -340,7 +340,7 @@ class Pool(Calls):
         if not callable(fn):
             raise TypeError(f"a function is needed, not {type(fn).__name__}")
         if getattr(fn, "__module__", None) in ("__main__", "__mp_main__"):
-            self._open().need_main()
+            self._open().template.need_main()
         return (fn, *args)
 
     def _encode(
@@ -407,7 +407,7 @@ class Pool(Calls):
 
         Once it has been asked for, it is not replaced when it dies.
         """
-        return self._start().hand_out_template()
+        return self._start().template.hand_out()
 
     def stats(self) -> PoolStats:
         """What the pool is doing, and has done."""

@@ -355,6 +355,12 @@ def garbage(data):
     signal.pause()
 
 
+def close_socket():
+    """Answer no more, and stay."""
+    os.close(socket_of_server())
+    signal.pause()
+
+
 def frame(kind, id, payload):
     """A frame with this payload, whatever it means."""
     server = afork.rpc._server
