@@ -191,6 +191,46 @@ def test_cancelling_a_task_that_does_not_end(arun, jobs):
     arun(main)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("begun", [False, True])
+def test_leaving_with_a_stream_that_nobody_reads(
+    arun, jobs, tmp_path, asynchronous, begun
+):
+    async def main():
+        function = jobs.forever_async if asynchronous else jobs.forever
+        async with afork.Pool(function, asynchronous=asynchronous, max=1) as pool:
+            stream = pool.stream(None, str(tmp_path / "log"))
+            if begun:
+                async for item in stream:
+                    assert item == 0
+                    break
+        assert (tmp_path / "log").read_text() == "closed\n"
+        with pytest.raises(afork.ClosedError):
+            while True:
+                await anext(stream)
+        assert pool.stats().counts.cancelled == 1
+
+    arun(main)
+
+
+def test_closing_while_a_stream_is_read(arun, jobs):
+    """By a task that does not wait at the moment."""
+
+    async def main():
+        pool = afork.Pool(max=1)
+        stream = pool.stream(jobs.count, 300)
+        assert await anext(stream) == 0
+        items = pool._core.workers.copy().pop().calls[stream.call_id].stream
+        while len(items.queue) < 15:
+            await turn()
+        closing = asyncio.create_task(pool.close())
+        await turn()
+        assert [item async for item in stream] == list(range(1, 300))
+        await closing
+
+    arun(main)
+
+
 async def turns_to_try(use):
     """As many turns of the loop as something takes, or (if many) some of them."""
     task = asyncio.create_task(use())

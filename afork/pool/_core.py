@@ -14,6 +14,7 @@ from afork import _afork
 from afork._fork import Fork
 from afork._interpreter import update_path
 from afork.rpc._client import Event, call_user, copy_error
+from afork.rpc._kinds import WINDOW
 from afork.rpc._logs import LogRelay
 from afork.rpc._output import OutputPipe
 from afork.rpc._rpc import Setup
@@ -116,6 +117,7 @@ class Core:
         self.open = 0
         self.closed = False
         self._over: asyncio.Future[None] | None = None
+        self._closing = False
         self._growing = self._dispatching = False
         self._grow_timer: asyncio.TimerHandle | None = None
         self._last_start = -1e9
@@ -518,6 +520,9 @@ class Core:
     async def close(self, timeout: float | None) -> None:
         """Wait for the calls, up to a time; then end all processes."""
         self.closed = True
+        if not self._closing:
+            self._closing = True
+            self._end_unread({})
         try:
             async with asyncio.timeout(timeout):
                 await self.drain()
@@ -528,6 +533,30 @@ class Core:
             raise
         finally:
             await self._end_workers()
+
+    def _end_unread(self, before: dict[PoolCall, object]) -> None:
+        """End streams that nobody has read for a while.
+
+        Their generators wait for a reader, and so would we: for ever, if it has
+        left its loop but not let go of the stream.
+
+        Args:
+            before: Those that waited the last time, and for what to be read.
+        """
+        now: dict[PoolCall, object] = {}
+        for worker in [*self.workers, *self.leaving]:
+            for call in list(worker.calls.values()):
+                items = call.stream
+                # As much as there is when the reader has not given credit yet.
+                if call.done() or items is None or len(items.queue) <= WINDOW // 2:
+                    continue
+                assert isinstance(call, PoolCall)
+                first = items.queue[0]
+                if before.get(call) is first:
+                    call.cancel()  # its reader, should it come back, is told
+                else:
+                    now[call] = first
+        self._later(_GRACE, lambda: self._end_unread(now))
 
     def cancel_all(self) -> None:
         """Cancel the calls that are open, and kill the processes."""

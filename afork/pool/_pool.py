@@ -441,6 +441,9 @@ class Pool(Calls):
             timeout: Seconds to wait for the open calls; None for as long as
                 they take. Then they are cancelled, and the processes killed.
                 Cancelling this has the same effect at once.
+
+        A stream of which nothing is read for a second, so that its generator
+        waits, is ended.
         """
         core = self._start() if self._core is not None else None
         self._closed = True

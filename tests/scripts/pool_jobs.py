@@ -57,6 +57,16 @@ def forever(log):
         note(log, "closed")
 
 
+async def forever_async(log):
+    try:
+        n = 0
+        while True:
+            yield n
+            n += 1
+    finally:
+        note(log, "closed")
+
+
 def progress(n):
     for i in range(n):
         afork.rpc.event("progress", i)
