@@ -206,8 +206,7 @@ def test_leaving_with_a_stream_that_nobody_reads(
                     break
         assert (tmp_path / "log").read_text() == "closed\n"
         with pytest.raises(afork.ClosedError):
-            while True:
-                await anext(stream)
+            [item async for item in stream]
         assert pool.stats().counts.cancelled == 1
 
     arun(main)

@@ -21,6 +21,31 @@ from .scripts.pool_tools import Seen, check, gone, turn
 # -- processes that do not start
 
 
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit, ValueError])
+def test_callbacks_that_raise(arun, jobs, tmp_path, log, kind):  # noqa: F811
+    """Whatever it is: the pool goes on."""
+
+    def fail(*_):
+        raise kind("a callback")
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: None)
+        callbacks = {"on_error": fail, "on_destroy": fail, "on_event": fail}
+        async with afork.Pool(max=1, **callbacks) as pool:
+            assert await pool.call(jobs.progress, 2) == 2
+            with pytest.raises(afork.WorkerLost):
+                await pool.call(jobs.crash, "SIGKILL")
+            assert await pool.call(jobs.add, 1) == 1
+        async with afork.Pool(max=1, init=jobs.init_fail, **callbacks) as pool:
+            with pytest.raises(LookupError):
+                await pool.call(jobs.add, 1)
+        assert not pool.stats().pids
+
+    arun(main)
+    log.lines.clear()
+
+
 @pytest.mark.parametrize("load", [1, 3])
 def test_init_that_raises(arun, jobs, tmp_path, log, load):  # noqa: F811
     path = tmp_path / "log"

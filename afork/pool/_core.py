@@ -398,6 +398,8 @@ class Core:
             for fork in self.template.fork_many(n):
                 self._start(fork)
         except Exception as exc:
+            # The frames in it would keep the other processes.
+            exc.with_traceback(None)
             self._call_user(s.on_error, exc)
             self._start_failed(exc)
             self._grow_soon()
