@@ -44,8 +44,14 @@ class Hub:
         loop = asyncio.get_running_loop()
         if self._last() is not loop:
             if loop not in self._loops:
-                loop.add_reader(self._epoll.fileno(), self.drain)
+                # First: garbage may be collected in there, and a Fork in it
+                # attach us once more.
                 self._loops.add(loop)
+                try:
+                    loop.add_reader(self._epoll.fileno(), self.drain)
+                except BaseException:
+                    self._loops.discard(loop)
+                    raise
                 # The loop that was to do these may have been closed.
                 for key, (due, _) in list(self._late.items()):
                     loop.call_later(due - time.monotonic(), self._do_late, key)

@@ -169,19 +169,17 @@ class PoolMachine(RuleBasedStateMachine):
         self.run(self.pool.drain())
         assert all(x.call.done() for x in self.asked if x.kind != "stream")
         # What is open here is a function of the processes.
-        self.run(self._settle())
-        core = self.pool._core
-        fds = len(open_descriptors())
+        fds, n = self.run(self._settle())
         if not self.closed:
-            n = len(core.workers)
             base = fds - 3 * n - bool(n)  # and one for all: where stderr goes
             assert base == getattr(self, "base", base), (fds, self.pool.stats())
             self.base = base
 
-    async def _settle(self) -> None:
+    async def _settle(self) -> tuple[int, int]:
         core = self.pool._core
         while core.starting or core.leaving or core._growing:
             await asyncio.sleep(0)
+        return len(open_descriptors()), len(core.workers)
 
     @precondition(lambda self: not self.closed and len(self.asked) > 5)
     @rule(timeout=st.sampled_from([0, None]))

@@ -272,9 +272,7 @@ class Core:
             self.starting -= 1
         for room in self._rooms:
             room.pop(worker, None)
-        # What could not even start says why first: see worker_ended.
-        if worker.ready:
-            self._grow_soon()
+        self._grow_soon()
 
     def retire(self, worker: Worker) -> None:
         """Let a process end after the calls that it has."""
@@ -288,6 +286,7 @@ class Core:
 
     def worker_ended(self, worker: Worker, error: BaseException, told: bool) -> None:
         """A process has ended; whether calls were told the error."""
+        self.remove(worker)
         self.leaving.discard(worker)
         asked = worker.condemned or (worker.finishing and not told)
         if not asked:

@@ -249,8 +249,10 @@ class Worker(Connection):
         self.core.retire(self)
 
     def before_end(self) -> None:
-        # Replaced at once: what became of it may take a moment to be known.
-        self.core.remove(self)
+        # Replaced at once: what became of it may take a moment to be known. One
+        # that did not even start says why first, or all would start for ever.
+        if self.ready:
+            self.core.remove(self)
         # Of a synchronous process only the first call can have begun; of an
         # asynchronous one all that it was sent.
         unsent = {call.id for call in self.backlog}
