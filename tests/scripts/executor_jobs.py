@@ -16,7 +16,7 @@ def nested(n, keep=False):
     """An executor in a process of another one; perhaps left for its end."""
     executor = afork.Executor(2)
     values = list(executor.map(abs, range(-n, 0)))
-    pids = [*executor._pool.stats().pids, executor._pool._core.template.pid]
+    pids = [*executor._pool.stats().pids, executor._pool._core.template.get().pid]
     pids.append(afork._default.default_template().pid)
     if keep:
         kept.append(executor)
