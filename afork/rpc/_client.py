@@ -577,8 +577,8 @@ class Connection:
         if error is None and (self.calls or not self.finishing):
             error = self.lost_error()
         for relay in (self.stdout, self.stderr, self.logs):
-            if relay is not None:
-                relay.close()
+            if relay is not None:  # it may call functions of the user's
+                call_user(self.loop, relay.close)
         if error is None:
             error = ClosedError("the process has ended")
         self.error = error
@@ -598,7 +598,12 @@ class Connection:
     def lost_error(self) -> WorkerLost:
         """What to say of a process that has died."""
         process = self.fork._process
-        text = self.stderr.tail() if self.stderr is not None else ""
+        text = ""
+        if self.stderr is not None:
+            try:
+                text = self.stderr.tail()
+            except OSError:
+                pass  # what it has died of is known all the same
         return WorkerLost(
             "the process has died", process.pid, process.status, stderr=text
         )
