@@ -154,3 +154,23 @@ def test_left_to_the_end_of_the_loop(arun, jobs, gate):
     gc.collect()
     gate.open()  # what runs is finished
     asyncio.run(bounded(lambda: gone([pid])))
+
+
+def test_started_from_spares(arun, jobs):
+    """What takes the place of a lost process has been forked in advance."""
+
+    async def main():
+        template = afork.Fork.new().require("pool_jobs").spares(2)
+        async with afork.Pool(template=template, max=1) as pool:
+            for _ in range(4):
+                pid = await pool.call(jobs.pid)
+                with pytest.raises(afork.WorkerLost):
+                    await pool.call(jobs.crash, "SIGKILL")
+                while (await template.stats())["spares"]["ready"] == 0:
+                    await asyncio.sleep(0)
+                assert await pool.call(jobs.pid) != pid
+            assert (await template.stats())["spares"]["hits"] > 0
+        template.close()
+        await template.wait()
+
+    arun(main)
