@@ -78,7 +78,7 @@ def test_streams_that_are_cut_off(arun, jobs, gate):
         gate.open()
         assert await anext(stream) == 0
         await pool.close(timeout=0)
-        with pytest.raises(asyncio.CancelledError):
+        with pytest.raises(afork.ClosedError):
             await anext(stream)
         await stream.aclose()
         with pytest.raises(StopAsyncIteration):
