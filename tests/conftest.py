@@ -86,6 +86,7 @@ def leak_guard() -> Iterator[None]:
     """Every test ends with the descriptors, children and threads it began with."""
     afork._default.shutdown()
     gc.collect()
+    gc.freeze()  # reports pile up: the collections below need not walk them
     fds, kids = set(open_descriptors()), children()
     threads = set(threading.enumerate())
     yield
