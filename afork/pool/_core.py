@@ -289,6 +289,7 @@ class Core:
         self.remove(worker)
         self.leaving.discard(worker)
         asked = worker.condemned or (worker.finishing and not told)
+        asked = asked or worker.torn_down
         if not asked:
             self.count.lost += 1
             self._call_user(self.settings.on_error, error)

@@ -184,6 +184,8 @@ class Connection:
         self.error: BaseException | None = None
         self.ready = False
         self.finishing = False
+        #: The loop has ended before the process: nobody's fault.
+        self.torn_down = False
         self.on_event: Callable[[Event], object] | None = None
         self.stderr: OutputPipe | None = None
         self.stdout: OutputPipe | None = None
@@ -212,6 +214,7 @@ class Connection:
         self._tasks.discard(task)
         if task.cancelled() and not self.ended.done():
             # The loop is being torn down, but somebody may wait for us in it.
+            self.torn_down = True
             self.kill()
             self.close_link()
             self.before_end()
