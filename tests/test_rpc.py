@@ -88,6 +88,20 @@ def test_a_large_argument_and_a_large_result(arun):
     arun(main)
 
 
+def test_large_arguments_are_freed_once_the_call_is_answered(arun):
+    async def main():
+        import rpc_jobs
+
+        events = Events()
+        async with rpc("size", on_event=events) as f:
+            assert await f(rpc_jobs.TellsItsEnd(b"x" * (1 << 20))) == 1 << 20
+            event = await events.get()
+            assert event.args == ("freed",)
+            assert event.call_id == 0  # outside of the call
+
+    arun(main)
+
+
 def test_more_than_the_socket_holds(arun):
     async def main():
         async with rpc("echo") as f:

@@ -122,6 +122,10 @@ class SyncServer(_serve.Server):
         result: Any = None
         try:
             args, kwargs = self.decode(kind, payload, fds)
+            if fds:
+                # Giving back what they have mapped takes as long as filling a
+                # third of it: not while somebody waits.
+                self.large = args, kwargs
             if self.options and id in self.options:
                 with self.applied(id):
                     result = self.func(*args, **kwargs)
