@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from .pool._executor import Executor as Executor
     from .pool._pool import Pool as Pool
     from .pool._pool import PoolStats as PoolStats
-    from .rpc._client import Captured as Captured
-    from .rpc._client import Event as Event
+    from .rpc._call import Captured as Captured
+    from .rpc._call import Event as Event
     from .rpc._rpc import Rpc as Rpc
     from .rpc._shared import SharedBuffer as SharedBuffer
     from .rpc._stream import Stream as Stream
@@ -54,8 +54,8 @@ _HOMES = {
     "Executor": "pool._executor",
     "Pool": "pool._pool",
     "PoolStats": "pool._pool",
-    "Captured": "rpc._client",
-    "Event": "rpc._client",
+    "Captured": "rpc._call",
+    "Event": "rpc._call",
     "Rpc": "rpc._rpc",
     "Stream": "rpc._stream",
     "SharedBuffer": "rpc._shared",

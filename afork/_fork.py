@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ._handles import HandleLike
-    from .rpc._client import Event
+    from .rpc._call import Event
     from .rpc._rpc import Rpc
 
 StrOrBytes: TypeAlias = "str | bytes"

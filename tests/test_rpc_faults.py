@@ -12,7 +12,7 @@ import threading
 import pytest
 
 import afork
-from afork.rpc import _client
+from afork.rpc import _connection
 
 from .conftest import HANG, open_descriptors
 from .scripts.rpc_ask import Events, jobs, rpc
@@ -145,9 +145,9 @@ def test_a_connection_that_cannot_be_made(arun, monkeypatch, what):
             watch()
 
     if what == "Watch":
-        monkeypatch.setattr(_client, "Watch", watch)
+        monkeypatch.setattr(_connection, "Watch", watch)
     else:
-        monkeypatch.setattr(_client, "_afork", NoLink())
+        monkeypatch.setattr(_connection, "_afork", NoLink())
 
     async def main():
         errors = []

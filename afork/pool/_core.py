@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from afork._fork import Fork
-from afork.rpc._client import Event, call_user, copy_error
+from afork.rpc._call import Event
+from afork.rpc._connection import call_user, copy_error
 from afork.rpc._logs import LogRelay
 from afork.rpc._output import OutputPipe
 from afork.rpc._rpc import Setup

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from afork._errors import ClosedError, WorkerLost
-from afork.rpc._client import CALL, STREAM, Event, encode_call
+from afork.rpc._call import Event, encode_call
+from afork.rpc._kinds import CALL, STREAM
 from afork.rpc._options import find_variable
 from afork.rpc._rpc import Function, Setup
 from afork.rpc._stream import Stream

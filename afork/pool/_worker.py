@@ -7,8 +7,9 @@ import os
 import select
 from typing import TYPE_CHECKING, Any
 
-from afork.rpc._client import Call, Connection
+from afork.rpc._call import Call
 from afork.rpc._codecs import Codec
+from afork.rpc._connection import Connection
 from afork.rpc._kinds import CANCEL
 
 if TYPE_CHECKING:

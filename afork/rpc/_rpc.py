@@ -13,17 +13,10 @@ from afork._errors import ClosedError
 from afork._function import function_name
 from afork._interpreter import main_module
 
-from ._client import (
-    CALL,
-    STREAM,
-    Call,
-    Connection,
-    Event,
-    call_user,
-    copy_error,
-    encode_call,
-)
+from ._call import Call, Event, encode_call
 from ._codecs import close_all, codec_name, find_codec
+from ._connection import Connection, call_user, copy_error
+from ._kinds import CALL, STREAM
 from ._stream import Stream, Unread
 
 logger = logging.getLogger("afork")

@@ -16,7 +16,7 @@ from ._kinds import WINDOW
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from ._client import Call
+    from ._call import Call
 
 
 class Items:

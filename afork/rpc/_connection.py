@@ -1,4 +1,4 @@
-"""The application's side of RPC: calls, and the connection that carries them."""
+"""The connection to a process that serves calls, on the application's side."""
 
 from __future__ import annotations
 
@@ -9,30 +9,27 @@ import struct
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from afork import _afork, _hub
 from afork._errors import ClosedError, ProtocolError, RemoteError, WorkerLost
 from afork._hub import hub
-from afork._state import next_id
 
+from ._call import Call, Captured, Event
 from ._codecs import Codec, close_all, find_codec
 from ._exceptions import decode_exception
 from ._kinds import (
-    CALL,
     CANCEL,
     CREDIT,
     ERROR,
     EVENT,
     ITEM,
-    KEYWORDS,
     OPTIONS,
     OUTPUT,
     READY,
     RESULT,
     RETIRE,
     STOP,
-    STREAM,
 )
 from ._watch import Watch
 
@@ -41,7 +38,6 @@ if TYPE_CHECKING:
 
     from ._logs import LogRelay
     from ._output import OutputPipe
-    from ._stream import Items
 
 _CREDIT = struct.Struct("=I")
 
@@ -51,111 +47,6 @@ _UNSENT_MAX = 256 << 10
 
 #: Seconds until descriptors are tried again that the kernel did not take.
 _BACK_OFF = 0.01
-
-
-class Event(NamedTuple):
-    """What a process has sent with `afork.rpc.event`."""
-
-    #: Id of the call that has sent it, 0 for none.
-    call_id: int
-    args: tuple[Any, ...]
-
-
-class Captured(NamedTuple):
-    """The result of a call made with ``capture=True``."""
-
-    value: Any
-    #: What was written to descriptors 1 and 2 meanwhile.
-    stdout: bytes
-    stderr: bytes
-
-
-class Descriptors:
-    """Descriptors of a call that has not been sent; owned."""
-
-    __slots__ = ("fds",)
-
-    def __init__(self, fds: tuple[int, ...]) -> None:
-        self.fds = fds
-
-    def close(self) -> None:
-        """Close them; more than once does no harm."""
-        fds, self.fds = self.fds, ()
-        close_all(fds)
-
-    __del__ = close
-
-
-class Call(asyncio.Future[Any]):
-    """The answer to a call, to be awaited; cancelling it cancels the call."""
-
-    __slots__ = (
-        "connection",
-        "fds",
-        "id",
-        "kind",
-        "on_event",
-        "options",
-        "output",
-        "payload",
-        "stream",
-    )
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        kind: int,
-        payload: bytes,
-        fds: tuple[int, ...],
-    ) -> None:
-        super().__init__(loop=loop)
-        #: Number of the call in this application.
-        self.id = next_id()
-        self.kind = kind
-        #: The arguments, encoded; None once they need not be sent any more.
-        self.payload: bytes | None = payload
-        self.fds = Descriptors(fds) if fds else None
-        self.options: list[bytes] | None = None
-        self.on_event: Callable[[Event], object] | None = None
-        self.output: tuple[bytes, bytes] | None = None
-        self.stream: Items | None = None
-        self.connection: Connection | None = None
-
-    def cancel(self, msg: Any = None) -> bool:
-        """Cancel the call; see `Rpc` and `Pool` for what that does to it."""
-        if not super().cancel(msg):
-            return False
-        if self.connection is not None:
-            self.connection.cancelled(self)
-        return True
-
-    def forget_request(self) -> None:
-        """It will not be sent (again)."""
-        self.payload = None
-        if self.fds:
-            self.fds.close()
-            self.fds = None
-
-
-def encode_call(
-    loop: asyncio.AbstractEventLoop,
-    codec: Codec,
-    kind: int,
-    args: tuple[object, ...],
-    kwargs: dict[str, object],
-    make: type[Call] = Call,
-) -> Call:
-    """A call with its arguments encoded.
-
-    Raises:
-        Exception: whatever the codec raises for them.
-    """
-    if kwargs:
-        payload, fds = codec.encode((args, kwargs))
-        kind |= KEYWORDS
-    else:
-        payload, fds = codec.encode(args)
-    return make(loop, kind, payload, fds)
 
 
 class Connection:
@@ -611,9 +502,6 @@ class Connection:
             "the process has died", process.pid, process.status, stderr=text
         )
 
-    async def wait_ended(self) -> None:
-        await asyncio.shield(self.ended)
-
 
 #: All of this process, for its own forked children.
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -681,6 +569,3 @@ def _attach_output(error: BaseException, output: tuple[bytes, bytes]) -> None:
         if data:
             text = data[-4096:].decode("utf-8", "replace").rstrip("\n")
             error.add_note(f"{name} of the call:\n{text}")
-
-
-__all__ = ["CALL", "STREAM", "Call", "Captured", "Connection", "Event", "encode_call"]
