@@ -7,7 +7,12 @@ Its form is the same for each part::
     targets   the rows of targets.at_least() and at_most(): what must be reached
     samples   what each round measured
 
-picture.py and readme.py read nothing else.
+picture.py and readme.py read nothing else. A row of the summary is drawn if it has
+these columns; rows of one label are one line::
+
+    template_mb and rate           starts per second, template of so many MB
+    workers and pss_mb, private_mb memory per worker, of so many
+    app_mb and rate, in scale      starts per second, application of so many MB
 """
 
 from __future__ import annotations
