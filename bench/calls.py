@@ -40,7 +40,7 @@ Cell = tuple[str, Callable[[list[Sample]], str]]
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="How much calls cost.")
-    parser.add_argument("--rounds", type=int, help="alternating rounds (5)")
+    parser.add_argument("--rounds", type=int, help="alternating rounds (3)")
     parser.add_argument(
         "--seconds", type=float, help="measured seconds per contender and round (0.5)"
     )
@@ -71,7 +71,7 @@ def options() -> argparse.Namespace:
         "--json", type=Path, default=record.path("calls"), metavar="FILE"
     )
     args = parser.parse_args()
-    args.rounds = args.rounds or (1 if args.quick else 5)
+    args.rounds = args.rounds or (1 if args.quick else 3)
     args.seconds = args.seconds or (0.1 if args.quick else 0.5)
     return args
 

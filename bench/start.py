@@ -21,7 +21,7 @@ from contenders import Job, contenders
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="How fast workers and programs start.")
-    parser.add_argument("--rounds", type=int, help="alternating rounds (5)")
+    parser.add_argument("--rounds", type=int, help="alternating rounds (3)")
     parser.add_argument(
         "--seconds", type=float, help="measured seconds per contender and round (0.5)"
     )
@@ -50,7 +50,7 @@ def options() -> argparse.Namespace:
         "--json", type=Path, default=record.path("start"), metavar="FILE"
     )
     args = parser.parse_args()
-    args.rounds = args.rounds or (2 if args.quick else 5)
+    args.rounds = args.rounds or (2 if args.quick else 3)
     args.seconds = args.seconds or (0.2 if args.quick else 0.5)
     return args
 
