@@ -232,9 +232,10 @@ def calls(axes: Any, rows: Rows) -> bool:
     """A dot for one call at a time, another for 64 in flight."""
     names: list[str] = []
     for key, name in reversed(CALLS):
-        values = [
-            rows.get(f"{group}/{key}", {}).get("rate") for group in ("one", "many")
-        ]
+        # The kernel places the peers, so it places this one here, too.
+        free = "rpc-free" if key == "rpc" else key
+        found = [rows.get(name, {}) for name in (f"one/{free}", f"many/{key}")]
+        values = [row.get("rate") for row in found]
         if not any(values):
             continue
         color = GREY if key == "limit" else BLUE if name.startswith("afork") else INK
