@@ -110,7 +110,9 @@ def lines(rows: Rows, x: str, y: str) -> dict[str, Points]:
     found: dict[str, Points] = {}
     for row in rows.values():
         if row.get(x) is not None and row.get(y) is not None:
-            found.setdefault(row["label"], []).append((row[x], row[y]))
+            # Its name is too long for the place beside a panel.
+            label = row["label"].removeprefix("multiprocessing ")
+            found.setdefault(label, []).append((row[x], row[y]))
     return {label: sorted(points) for label, points in found.items()}
 
 
@@ -222,7 +224,8 @@ def memory(axes: Any, rows: Rows) -> bool:
 
 
 def application_size(axes: Any, rows: Rows) -> bool:
-    found = lines(rows, "app_mb", "rate")
+    workers = {key: row for key, row in rows.items() if key.startswith("app-")}
+    found = lines(workers, "app_mb", "rate")
     if found:
         rates(axes, found, "memory of the application (log)")
     return bool(found)
@@ -279,7 +282,7 @@ PANELS: tuple[tuple[Place, str, str, Callable[[Any, Rows], bool]], ...] = (
         "scale",
         application_size,
     ),
-    ((0.08, 0.11, 0.265, 0.345), "Memory per idle worker", "scale", memory),
+    ((0.08, 0.11, 0.265, 0.345), "Memory per idle worker", "memory", memory),
     ((0.7, 0.11, 0.275, 0.345), "Calls", "calls", calls),
 )
 

@@ -11,8 +11,8 @@ picture.py and readme.py read nothing else. A row of the summary is drawn if it 
 these columns; rows of one label are one line::
 
     template_mb and rate           starts per second, template of so many MB
-    workers and pss_mb, private_mb memory per worker, of so many
-    app_mb and rate, in scale      starts per second, application of so many MB
+    workers and pss_mb, private_mb memory per worker, of so many (in memory)
+    app_mb and rate, key app-...   starts per second, application of so many MB
 """
 
 from __future__ import annotations
