@@ -99,9 +99,10 @@ def contenders() -> list[Contender]:
         for group, scenario, cpus in (("one", ONE, 2), ("together", TOGETHER, 1))
     ]
     # Peers are placed by the kernel, so this is what is compared with them.
-    command = app_command("call_peers.many_rpc")
-    label = "afork rpc, processors as the kernel likes"
-    listed.append(Contender("one/rpc-free", label, ONE, command))
+    for key, name in (("rpc", "rpc"), ("pool", "Pool")):
+        command = app_command(f"call_peers.many_{key}")
+        label = f"afork {name}, processors as the kernel likes"
+        listed.append(Contender(f"one/{key}-free", label, ONE, command))
     for key, label, function in _CALLS:
         command = app_command(f"call_peers.{function}")
         listed.append(Contender(f"one/{key}", label, ONE, command))

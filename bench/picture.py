@@ -65,7 +65,6 @@ PSS, PRIVATE = ", PSS", ", private"
 #: The rows of the panel of calls: key in calls.json, name.
 CALLS = (
     ("limit", "C ping-pong, no Python"),
-    ("rpc-uvloop", "afork rpc, uvloop"),
     ("rpc", "afork rpc"),
     ("pool", "afork Pool"),
     ("execnet", "execnet"),
@@ -235,8 +234,8 @@ def calls(axes: Any, rows: Rows) -> bool:
     """A dot for one call at a time, another for 64 in flight."""
     names: list[str] = []
     for key, name in reversed(CALLS):
-        # The kernel places the peers, so it places this one here, too.
-        free = "rpc-free" if key == "rpc" else key
+        # The kernel places the peers, so it places ours here, too.
+        free = f"{key}-free" if name.startswith("afork") else key
         found = [rows.get(name, {}) for name in (f"one/{free}", f"many/{key}")]
         values = [row.get("rate") for row in found]
         if not any(values):
@@ -308,6 +307,10 @@ def main() -> int:
     documents = {name: found for name in record.PARTS if (found := record.read(name))}
     if not documents:
         print("picture.py: nothing was measured (make bench)", file=sys.stderr)
+        return 1
+    trial = any(found["about"].get("quick") for found in documents.values())
+    if trial and args.output == TARGET:
+        print("picture.py: not from a trial run, but to --output", file=sys.stderr)
         return 1
     pyplot.rcParams.update(STYLE)
     figure = pyplot.figure(figsize=(8.6, 7.6))

@@ -121,7 +121,7 @@ def programs(rows: Rows) -> str:
 def calls(rows: Rows) -> str:
     def free(key: str) -> str:
         found = cell(rows, f"one/{key}", "us", "{:,.0f} us")
-        both = cell(rows, "one/rpc-free", "us", "{:,.0f} us") if key == "rpc" else ""
+        both = cell(rows, f"one/{key}-free", "us", "{:,.0f} us")
         return f"{found} ({both} placed by the kernel)" if both else found
 
     return list_table(
