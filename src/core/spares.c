@@ -14,6 +14,7 @@
 enum {
     PERIOD = 10000, /* milliseconds after which unused ones become fewer */
     IDLE = 1,       /* milliseconds without a command that count as idle */
+    PATIENCE = 20,  /* of a template that is never idle, in milliseconds */
     RETRY = 100,    /* after a failed fork; doubled up to 64 times that */
 };
 
@@ -246,18 +247,24 @@ wants(const struct afork_server *s)
 }
 
 int
-afork_spares_timeout(const struct afork_server *s)
+afork_spares_timeout(struct afork_server *s)
 {
-    const struct afork_spares *p = &s->spares;
+    struct afork_spares *p = &s->spares;
     int64_t left, at = p->due;
 
     if (!p->most || (!p->target && !p->n))
         return -1;
     if (wants(s)) {
+        if (!p->since)
+            p->since = now();
         if (!p->not_yet)
-            return p->eager ? 0 : IDLE;
+            /* Not for ever: commands that follow each other closely would
+             * keep it from making any. */
+            return p->eager || now() - p->since >= PATIENCE ? 0 : IDLE;
         if (p->not_yet < at)
             at = p->not_yet;
+    } else {
+        p->since = 0;
     }
     left = at - now();
     return left > 0 ? (int)left : 0;
@@ -326,6 +333,7 @@ afork_spares_tend(struct afork_server *s)
     }
     p->list[p->n - 1].pid = pid;
     p->not_yet = 0;
+    p->since = 0;
     p->retries = 0;
     p->eager = 1;
     if (afork_spares_ready(p) >= p->target)

@@ -42,6 +42,7 @@ struct afork_spares {
     int64_t due;      /* when it ends */
     int64_t not_yet;  /* no attempt before, after one that failed */
     unsigned retries; /* attempts that have failed in a row */
+    int64_t since;    /* when one was first seen to be missing; 0: none is */
     int eager;        /* nothing has happened since the last one was made */
     uint64_t hits, misses, died;
 };
@@ -73,7 +74,7 @@ void afork_spares_exited(struct afork_server *s, struct afork_child *child);
 /* Adds those that answers are awaited from, at most AFORK_SPARES_MAX. */
 size_t afork_spares_poll(const struct afork_spares *p, struct pollfd *fds);
 /* Milliseconds after which afork_spares_tend has something to do, or -1. */
-int afork_spares_timeout(const struct afork_server *s);
+int afork_spares_timeout(struct afork_server *s);
 /* The template is idle: makes one spare, or finds that fewer are worth having.
  * AFORK_NEXT; in a spare see afork_server_fork_spare_take. */
 int afork_spares_tend(struct afork_server *s);
