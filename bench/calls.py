@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The second benchmark: calls into worker processes, beside the peers and a limit in C.
+"""The second part of the benchmark: calls, beside the peers and a limit in C.
 
 As in start.py, every contender runs once per round in a process of its own, and rounds
 alternate. See ``--help``.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,8 @@ from statistics import median
 from typing import Any
 
 import call_targets
+import record
+import rounds
 import table
 from call_contenders import (
     BULK,
@@ -32,7 +33,6 @@ from call_contenders import (
 )
 from contenders import Contender, Job
 from meter import Sample
-from start import BUILD, SETTLE, build_limits, machine, run_one
 from targets import Results, Row, rate, ratios
 
 Cell = tuple[str, Callable[[list[Sample]], str]]
@@ -68,46 +68,12 @@ def options() -> argparse.Namespace:
         help="print what the JSON file has, run nothing",
     )
     parser.add_argument(
-        "--json", type=Path, default=BUILD / "bench-calls.json", metavar="FILE"
+        "--json", type=Path, default=record.path("calls"), metavar="FILE"
     )
     args = parser.parse_args()
     args.rounds = args.rounds or (1 if args.quick else 5)
     args.seconds = args.seconds or (0.1 if args.quick else 0.5)
     return args
-
-
-def select(texts: list[str]) -> list[Contender]:
-    """The contenders of these keys; a text that is no key selects all that have it."""
-    known = contenders()
-    keys = {one.key for one in known}
-    return [
-        one
-        for one in known
-        if not texts
-        or any(text == one.key if text in keys else text in one.key for text in texts)
-    ]
-
-
-def measure(chosen: list[Contender], job: Job, rounds: int) -> Results:
-    """The samples of each, by round."""
-    results: Results = {one.key: [] for one in chosen}
-    for number in range(rounds):
-        for contender in chosen:
-            before = results[contender.key]
-            if before and "skip" in before[-1]:
-                continue
-            if sys.stderr.isatty():
-                print(
-                    f"\r\033[Kround {number + 1}/{rounds}  {contender.key}",
-                    end="",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            before.append(run_one(contender, job))
-            time.sleep(SETTLE)
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr)
-    return results
 
 
 # -- tables
@@ -193,6 +159,31 @@ def _lines(scenario: str, chosen: list[Contender], results: Results) -> list[lis
     return lines
 
 
+def summary(chosen: list[Contender], results: Results) -> dict[str, Row]:
+    """The medians of those that ran; a remark for the others."""
+    rows: dict[str, Row] = {}
+    for one in chosen:
+        samples = results[one.key]
+        row: Row = {"label": one.label, "scenario": one.scenario}
+        rates = [x for x in map(rate, samples) if x]
+        if rates:
+            row.update(
+                rate=median(rates),
+                low=min(rates),
+                high=max(rates),
+                us=1e6 / median(rates),
+                cpu_us=_middle(samples, _get("cpu_us")),
+            )
+        for name in ("warm_ms", "knows_ms", "next_ms"):
+            value = _middle(samples, call_targets.middle(name))
+            row.update({} if value is None else {name: value})
+        for why in ("failed", "skip"):
+            reasons = [sample[why] for sample in samples if why in sample]
+            row.update({why: reasons[0]} if reasons else {})
+        rows[one.key] = row
+    return rows
+
+
 def head(about: Row) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items())
     return (
@@ -251,39 +242,24 @@ def main() -> int:
     if args.render:
         show(json.loads(args.json.read_text()), args.rst)
         return 0
-    chosen = select(args.only)
+    chosen = rounds.select(contenders(), args.only)
     if args.list:
         print("\n".join(one.key for one in chosen))
         return 0
     if not chosen:
         print("calls.py: --only matches nothing (see --list)", file=sys.stderr)
         return 2
-    job = Job(build_limits(BUILD / "bench"), args.seconds, 0)
-    about = machine()
+    job = Job(rounds.build_limits(record.BUILD / "bench"), args.seconds, 0)
+    about = record.about(rounds=args.rounds, seconds=args.seconds, quick=args.quick)
     begin = time.monotonic()
-    results = measure(chosen, job, args.rounds)
-    for samples in results.values():
-        for sample in samples:
-            about.setdefault("versions", {}).update(sample.get("versions", {}))
-    about.update(
-        load_after=os.getloadavg(),
-        took_s=round(time.monotonic() - begin, 1),
-        rounds=args.rounds,
-        seconds=args.seconds,
-        quick=args.quick,
-    )
-    document = {
-        "about": about,
-        "targets": call_targets.targets(results),
-        "samples": results,
-    }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(document, indent=1) + "\n")
+    results = rounds.measure(chosen, job, args.rounds)
+    about["took_s"] = round(time.monotonic() - begin, 1)
+    about["versions"] = rounds.versions(results)
+    aims = call_targets.targets(results)
+    document = record.document(about, summary(chosen, results), aims, results)
     show(document, args.rst)
-    if not args.rst:
-        print(f"\n{args.json}")
-    failed = any("failed" in x for samples in results.values() for x in samples)
-    return 1 if failed else 0
+    record.write(args.json, document)
+    return 1 if rounds.failed(results) else 0
 
 
 if __name__ == "__main__":
