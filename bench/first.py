@@ -232,9 +232,8 @@ async def rate(way: Way, args: argparse.Namespace, us: list[float]) -> None:
         tasks.add(task := asyncio.create_task(timed(way, due, us)))
         task.add_done_callback(tasks.discard)
         due += 1 / args.size
-        if len(us) % 64 == 0:
-            way.reap()  # else the descriptors of all would be kept
-            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # it begins now, however late we are
+        way.reap()  # else the descriptors of all would be kept
     if tasks:
         await asyncio.wait(tasks)
     way.reap()
