@@ -10,6 +10,7 @@ are compared with those of the same process on the same loop.
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import time
 from collections.abc import Awaitable, Callable
@@ -19,7 +20,8 @@ from meter import Goal, Meter, Sample, first, measure
 from peers import load, run_async, version
 from stall import Ticker, ticker_alone
 
-PROGRAM = "/bin/true"
+#: bench/scale.py has it run others.
+PROGRAM, *ARGS = os.environ.get("AFORK_BENCH_PROGRAM", "/bin/true").split(":")
 DEVNULL = subprocess.DEVNULL
 
 
@@ -30,7 +32,9 @@ def _check(returncode: int | None) -> None:
 
 async def _phases(create: Callable[..., Awaitable[Any]], goal: Goal) -> Sample:
     async def start() -> None:
-        process = await create(PROGRAM, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
+        process = await create(
+            PROGRAM, *ARGS, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL
+        )
         _check(await process.wait())
 
     first_ms = await first(start)
@@ -52,7 +56,11 @@ def subprocess_run(goal: Goal) -> Sample:
     def start() -> None:
         _check(
             subprocess.run(
-                [PROGRAM], stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL, check=False
+                [PROGRAM, *ARGS],
+                stdin=DEVNULL,
+                stdout=DEVNULL,
+                stderr=DEVNULL,
+                check=False,
             ).returncode
         )
 

@@ -21,7 +21,7 @@ TIMEOUT = 60.0  # seconds for one contender in one round, on top of its measured
 SETTLE = 0.05  # seconds between contenders: the last one's processes are ending
 
 
-def build_limits(folder: Path) -> Path | None:
+def build_limits(folder: Path, name: str = "limits") -> Path | None:
     """Compile the limit programs, static where the C library allows it.
 
     None without a compiler.
@@ -29,7 +29,7 @@ def build_limits(folder: Path) -> Path | None:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return None
-    source, target = HERE / "limits.c", folder / "limits"
+    source, target = HERE / f"{name}.c", folder / name
     if target.exists() and target.stat().st_mtime > source.stat().st_mtime:
         return target
     folder.mkdir(parents=True, exist_ok=True)
