@@ -120,6 +120,7 @@ def spread(wanted: list[float], gap: float) -> list[float]:
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     placed = sorted(wanted)
     for _ in range(200):
+        placed[0] = max(placed[0], gap / 3)  # below that are the names of the axis
         for i in range(1, len(placed)):
             lack = gap - (placed[i] - placed[i - 1])
             if lack > 0:
@@ -187,7 +188,7 @@ def marks_of(found: dict[str, Points]) -> list[float]:
 
 
 def bytes_of(mb: float) -> str:
-    return f"{mb / 1000:g} GB" if mb >= 1000 else f"{mb:.0f} MB"
+    return f"{mb / 1000:.0f} GB" if mb >= 1000 else f"{mb:.0f} MB"
 
 
 def per_second(value: float) -> str:
