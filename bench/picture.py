@@ -19,7 +19,7 @@ matplotlib.use("svg")
 
 import record
 from matplotlib import pyplot
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 Rows = dict[str, dict[str, Any]]
 Points = list[tuple[float, float]]
@@ -54,10 +54,16 @@ STYLE: Any = {
     "axes.labelcolor": INK,
     "xtick.color": INK,
     "ytick.color": INK,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
     "figure.facecolor": "white",
     "svg.hashsalt": "afork",  # the same numbers give the same file
+}
+
+#: Of a label, what has a place beside a panel.
+SHORT = {
+    "multiprocessing forkserver": "forkserver",
+    "without huge pages": "afork, no huge pages",
+    "os.fork, the same objects": "os.fork, same objects",
+    "os.fork, python -I -S": "os.fork",
 }
 
 PSS, PRIVATE = ", PSS", ", private"
@@ -109,8 +115,7 @@ def lines(rows: Rows, x: str, y: str) -> dict[str, Points]:
     found: dict[str, Points] = {}
     for row in rows.values():
         if row.get(x) is not None and row.get(y) is not None:
-            # Its name is too long for the place beside a panel.
-            label = row["label"].removeprefix("multiprocessing ")
+            label = SHORT.get(row["label"], row["label"])
             found.setdefault(label, []).append((row[x], row[y]))
     return {label: sorted(points) for label, points in found.items()}
 
@@ -165,7 +170,7 @@ def scale(axes: Any, marks: list[float], name: Callable[[float], str]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks(marks, [name(mark) for mark in marks])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     decades(axes.yaxis)
 
 
@@ -173,7 +178,7 @@ def decades(axis: Any) -> None:
     """1, 2, 5, 10, 20, ..."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(number))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def marks_of(found: dict[str, Points]) -> list[float]:
@@ -204,15 +209,20 @@ def rates(axes: Any, found: dict[str, Points], xlabel: str) -> None:
 
 def template_size(axes: Any, rows: Rows) -> bool:
     found = lines(rows, "template_mb", "rate")
+    sizes = [x for points in found.values() for x, _ in points if x > 0]
     if found:
+        # A process without any objects stands where the empty template does.
+        for points in found.values():
+            points[:] = [(max(x, min(sizes)), y) for x, y in points]
         rates(axes, found, "Python objects in the template (log)")
     return bool(found)
 
 
 def memory(axes: Any, rows: Rows) -> bool:
+    lean = {k: row for k, row in rows.items() if "pandas" not in row["label"]}
     found = {}
     for column, name in (("pss_mb", PSS), ("private_mb", PRIVATE)):
-        for label, points in lines(rows, "workers", column).items():
+        for label, points in lines(lean, "workers", column).items():
             found[label + name] = points
     if not found:
         return False

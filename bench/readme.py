@@ -131,6 +131,17 @@ def calls(rows: Rows) -> str:
     )
 
 
+def memory(rows: Rows) -> str:
+    """Of a worker among 100."""
+    found = [
+        (row["label"], f"{row['pss_mb']:.2f} MB", f"{row['private_mb']:.2f} MB")
+        for row in rows.values()
+        if row.get("workers") == 100
+    ]
+    header = ("an idle worker among 100", "proportional (PSS)", "private")
+    return list_table(header, found, "46 27 27")
+
+
 def digits(value: float) -> str:
     """Three of them: 0.123, 1.23, 12.3, 123, 1,234."""
     places = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
@@ -207,6 +218,8 @@ def text(documents: Documents) -> str:
     if "start" in documents:
         rows = documents["start"]["summary"]
         blocks += [workers(rows), programs(rows)]
+    if "memory" in documents:
+        blocks.append(memory(documents["memory"]["summary"]))
     if "calls" in documents:
         found = documents["calls"]
         blocks += [calls(found["summary"]), missed_calls(found)]
