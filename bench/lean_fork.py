@@ -1,6 +1,7 @@
 """os.fork from a lean interpreter.
 
-The seed's benchmark, run as ``python -I -S lean_fork.py``.
+The seed's benchmark, run as ``python -I -S lean_fork.py INFLIGHT SECONDS COUNT``; with
+a fourth number, the pause between two starts, it tells the time to each first byte.
 
 Only C modules and ``os`` are imported, and no at-fork callback is registered: this is
 the least that Python's own fork costs, not what an application with asyncio and
@@ -21,6 +22,27 @@ def start() -> _socket.socket:
         os._exit(0)
     theirs.close()
     return ours
+
+
+def latencies(seconds: float, count: int, gap: float) -> None:
+    """One at a time with a pause between: microseconds to the child's first byte."""
+    us = []
+    begin = time.perf_counter()
+    while len(us) < count if count else time.perf_counter() < begin + seconds:
+        time.sleep(gap)
+        asked = time.perf_counter()
+        ours, theirs = _socket.socketpair()
+        if (pid := os.fork()) == 0:
+            theirs.send(b"x")
+            os._exit(0)
+        theirs.close()
+        if ours.recv(1) != b"x":
+            raise SystemExit("lean_fork: the child ended without its byte")
+        us.append((time.perf_counter() - asked) * 1e6)
+        ours.close()
+        os.waitpid(pid, 0)
+    elapsed = time.perf_counter() - begin
+    print(f'{{"n": {len(us)}, "seconds": {elapsed:.6f}, "us": {us}}}')
 
 
 def main() -> None:
@@ -57,4 +79,7 @@ def main() -> None:
     )
 
 
-main()
+if len(sys.argv) > 4:
+    latencies(float(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+else:
+    main()

@@ -156,8 +156,10 @@ def _lines(rows: list[Row]) -> list[str]:
 
 def show(about: Row, summary: dict[str, Row], aims: list[Row]) -> None:
     print(
-        f"{about['date']}  {about['cpus']} x {about['cpu']}, Linux {about['kernel']}, "
-        f"python {about['python']}, {about['rounds']} rounds of {about['seconds']:g} s, "
+        f"{about['date']}  {about['cpus']} x {about['cpu']}, "
+        f"Linux {about['kernel']}, "
+        f"python {about['python']}, "
+        f"{about['rounds']} rounds of {about['seconds']:g} s, "
         f"took {about['took_s']:.0f} s"
     )
     for scenario in dict.fromkeys(row["scenario"] for row in summary.values()):
