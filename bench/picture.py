@@ -115,7 +115,7 @@ def lines(rows: Rows, x: str, y: str) -> dict[str, Points]:
     found: dict[str, Points] = {}
     for row in rows.values():
         if row.get(x) is not None and row.get(y) is not None:
-            label = SHORT.get(row["label"], row["label"])
+            label = str(SHORT.get(row["label"], row["label"]))
             found.setdefault(label, []).append((row[x], row[y]))
     return {label: sorted(points) for label, points in found.items()}
 
