@@ -122,7 +122,7 @@ class Subprocess(Way):
     async def start(self) -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: ASYNC220 - that it blocks is measured
             [sys.executable, "-I", "-S", "-c", SCRIPT], stdout=theirs
         )
         theirs.close()

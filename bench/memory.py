@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""The second benchmark: what a large template costs, and what workers share of it.
+"""The part of the benchmark about memory: a large template, and what workers share.
 
 1. starts per second from templates of 0, 150 MB and 1 GB of Python objects, with and
    without huge pages, beside ``os.fork`` of a process with the same objects;
 2. 134 MB of dicts read by each of 20 workers that live side by side, frozen or not:
    private memory beyond what a worker allocates itself, and the time of the scan
    against the same scan in the template;
-3. the memory of one idle worker of a lean template among 100.
+3. the memory of one idle worker among 1, 100 and 1,000, beside bare children in C,
+   and with numpy and pandas preloaded (living.py).
 
 The ways alternate; printed are medians. See ``--help``.
 """
@@ -18,13 +19,19 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import socket
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from statistics import median
 from typing import Any
+
+import living
+import record
+import rounds
+import table
+import targets
 
 import afork
 from afork._memory import VARIABLE
@@ -64,10 +71,6 @@ def reader(sock):
     first = timed()
     after = memory()["Private_Dirty"]
     sock.sendall(json.dumps([after - before, first, timed()]).encode())
-    sock.recv(1)
-
-def idle(sock):
-    sock.sendall(b"1")
     sock.recv(1)
 
 def stats(sock):
@@ -168,10 +171,12 @@ async def rates(sizes: list[int], rounds: int, seconds: float) -> list[dict[str,
         rows.append(
             {
                 "way": way,
+                "nominal_mb": mb,
                 "mb": info[way, mb]["private_bytes"] / 1e6,
                 "per_second": median(values),
                 "all": values,
                 "start_over_empty": median(slower),
+                "all_over_empty": slower,
                 "first_ms": first[way, mb] * 1e3,
                 "stats": info[way, mb],
             }
@@ -213,61 +218,108 @@ async def sharing(mb: int, workers: int) -> list[dict[str, Any]]:
     return rows
 
 
-def memory_of(pid: int) -> dict[str, int]:
-    with open(f"/proc/{pid}/smaps_rollup") as file:
-        rows = (line.split() for line in file)
-        return {row[0][:-1]: int(row[1]) for row in rows if len(row) == 3}
-
-
-async def idle(workers: int) -> dict[str, Any]:
-    """PSS and private memory of idle workers of a lean template."""
-    template = afork.Fork.new_exec().eval(WORKER)
-    forks = [template.fork() for _ in range(workers)]
-    socks = [await f.run("idle") for f in forks]
-    found = [memory_of(f.pid) for f in forks]
-    for sock in socks:
-        sock.close()
-    template.close()
-    return {
-        "workers": workers,
-        "pss_mb": median(one["Pss"] for one in found) * 1.024e-3,
-        "private_kb": median(one["Private_Dirty"] for one in found),
-    }
-
-
-def line(name: object, *values: object) -> None:
-    print(f"{name:36}" + "".join(f"{value:>10}" for value in values))
-
-
-def show(result: dict[str, Any]) -> None:
-    line("starts from a template", "MB", "1/s", "x empty", "first ms")
+def rows_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The summary of the record."""
+    rows: dict[str, dict[str, Any]] = {}
     for row in result["rates"]:
-        rate, slower = f"{row['per_second']:.0f}", f"{row['start_over_empty']:.2f}"
-        line(row["way"], f"{row['mb']:.0f}", rate, slower, f"{row['first_ms']:.1f}")
+        rows[f"starts/{row['way']}@{row['nominal_mb']}m"] = {
+            "label": row["way"],
+            "template_mb": row["mb"],
+            "rate": row["per_second"],
+            "start_over_empty": row["start_over_empty"],
+            "first_ms": row["first_ms"],
+        }
     for mb, rate in result["os_fork"].items():
-        line("os.fork, the same objects", mb, f"{rate:.0f}")
-    print()
-    line("134 MB of dicts, many readers", "MiB each", "max", "scan 1", "scan 2")
+        label = "os.fork, the same objects"
+        rows[f"starts/os.fork@{mb}m"] = {
+            "label": label,
+            "template_mb": mb,
+            "rate": rate,
+        }
     for row in result["sharing"]:
-        line(
-            row["way"],
-            f"{row['private_mib']:.2f}",
-            f"{row['private_mib_max']:.2f}",
-            f"{row['first_scan_over_template']:.2f}x",
-            f"{row['second_scan_over_template']:.2f}x",
-        )
-    one = result["idle"]
-    print(f"\nidle lean worker, one of {one['workers']}: ", end="")
-    print(f"PSS {one['pss_mb']:.2f} MB, private {one['private_kb']} kB")
+        rows[f"readers/{row['way']}"] = {
+            "label": row["way"],
+            "private_mib": row["private_mib"],
+            "private_max_mib": row["private_mib_max"],
+            "first_scan_over_template": row["first_scan_over_template"],
+            "second_scan_over_template": row["second_scan_over_template"],
+        }
+    for key, row in result["living"].items():
+        rows[f"workers/{key}"] = row
+    return rows
+
+
+def aims(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Issue 5, "How fast", as far as it is about memory."""
+    slower = {
+        row["nominal_mb"]: row["all_over_empty"]
+        for row in result["rates"]
+        if row["way"] == "afork"
+    }
+    frozen = [row for row in result["sharing"] if row["way"] == "frozen"]
+    if sys.version_info < (3, 12):
+        frozen = []  # nothing is immortal there: gc.freeze() only
+    alive = result["living"]
+    idle = [one["pss_mb"] for key in ("afork/100",) if "pss_mb" in (one := alive[key])]
+    heavy = [
+        one["private_mb"] * 1e6 / (1 << 20)
+        for key in ("afork-pandas/100",)
+        if "private_mb" in (one := alive[key])
+    ]
+    private = [row["private_mib"] for row in frozen]
+    scan = [row["first_scan_over_template"] for row in frozen]
+    return [
+        targets.at_most("template of 150 MB / empty", 1.5, slower.get(150, []), "x"),
+        targets.at_most("template of 1 GB / empty", 2, slower.get(1000, []), "x"),
+        targets.at_most("frozen dicts, private a worker", 3, private, " MiB"),
+        targets.at_most("frozen dicts, scan / in the template", 1.1, scan, "x"),
+        targets.at_most("idle lean worker, PSS", 0.35, idle, " MB"),
+        targets.at_most("numpy and pandas, private a worker", 3, heavy, " MiB"),
+    ]
+
+
+#: Which columns of which rows are a table.
+TABLES = {
+    "starts": ("template_mb", "rate", "start_over_empty", "first_ms"),
+    "readers": (
+        "private_mib",
+        "private_max_mib",
+        "first_scan_over_template",
+        "second_scan_over_template",
+    ),
+    "workers": (
+        "workers",
+        "pss_mb",
+        "private_mb",
+        "private_max_mb",
+        "vmpte_kb",
+        "template_pss_mb",
+    ),
+}
+
+
+def cell(name: str, value: float | None) -> str:
+    whole = name in ("rate", "workers", "vmpte_kb", "template_mb")
+    return table.number(value, ".0f" if whole else ".2f")
+
+
+def show(summary: dict[str, dict[str, Any]], found: list[dict[str, Any]]) -> None:
+    for kind, names in TABLES.items():
+        lines = []
+        for key, row in summary.items():
+            if key.startswith(kind + "/"):
+                cells = [cell(name, row.get(name)) for name in names]
+                remark = [row["skip"]] if "skip" in row else cells
+                lines.append([row["label"], *remark])
+        titles = [name.replace("_", " ") for name in names]
+        print("\n".join(table.columns([kind, *titles], lines)), end="\n\n")
+    print("\n".join(table.target_lines(found)))
 
 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
-        "python": platform.python_version(),
-        "kernel": platform.release(),
         "rates": await rates(args.sizes, args.rounds, args.seconds),
         "sharing": await sharing(134, args.workers),
-        "idle": await idle(100),
     }
 
 
@@ -277,14 +329,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="of each round")
     parser.add_argument("--workers", type=int, default=20)
-    parser.add_argument("--json", help="write the numbers there")
+    parser.add_argument("--json", type=Path, default=record.path("memory"))
     args = parser.parse_args()
+    limits = rounds.build_limits(record.BUILD / "bench", "limits_first")
+    about = record.about(rounds=args.rounds, seconds=args.seconds)
     peers = {mb: os_fork(mb, args.seconds) for mb in args.sizes}  # before any thread
     result = {**asyncio.run(measure(args)), "os_fork": peers}
-    show(result)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(result, file, indent=1)
+    result["living"] = living.measure(limits)
+    summary, found = rows_of(result), aims(result)
+    show(summary, found)
+    record.write(args.json, record.document(about, summary, found, result))
 
 
 if __name__ == "__main__":

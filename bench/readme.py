@@ -131,6 +131,17 @@ def calls(rows: Rows) -> str:
     )
 
 
+def first_byte(rows: Rows) -> str:
+    """One at a time."""
+    found = [
+        (row["label"], f"{row['p50_us']:,.0f} us", f"{row['p99_us']:,.0f} us")
+        for key, row in rows.items()
+        if key.startswith("one-") and row.get("p50_us")
+    ]
+    header = ("from the request to the first byte of user code", "p50", "p99")
+    return list_table(header, found, "46 27 27")
+
+
 def memory(rows: Rows) -> str:
     """Of a worker among 100."""
     found = [
@@ -218,6 +229,8 @@ def text(documents: Documents) -> str:
     if "start" in documents:
         rows = documents["start"]["summary"]
         blocks += [workers(rows), programs(rows)]
+    if "latency" in documents:
+        blocks.append(first_byte(documents["latency"]["summary"]))
     if "memory" in documents:
         blocks.append(memory(documents["memory"]["summary"]))
     if "calls" in documents:
