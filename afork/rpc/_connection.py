@@ -510,6 +510,9 @@ _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 def _forget(callbacks: object) -> None:
     """In a forked child of the application: close, tell nobody, touch no loop."""
     for connection in list(_connections):
+        if connection._watch is not None:
+            connection._watch.abandon()
+            connection._watch = None
         if connection.link is not None:
             connection.link.close()
             connection.link = None
