@@ -14,7 +14,8 @@ def test_a_child_has_no_descriptor_of_a_pool(arun):
     """Nor what stands between it and its loop, or where output leads."""
 
     async def main():
-        await afork.Fork.new().rpc("os.getpid")()  # what is imported late has been
+        async with afork.Pool(max=1) as pool:  # what is imported late has been
+            await pool.call(abs, 1)
         r, w = os.pipe()
         before = set(open_descriptors())
         async with afork.Pool(max=2, stdout=w, logging=True) as pool:
