@@ -181,7 +181,7 @@ def test_exceptions(arun, jobs, ordered):
                 await anext(pool.map(jobs.add, 5, ordered=ordered))
             with pytest.raises(ValueError, match="limit"):
                 pool.map(jobs.add, [], limit=0)
-            with pytest.raises(Exception, match="pickle|local object"):
+            with pytest.raises(Exception, match=r"pickle|local object"):
                 await anext(pool.map(lambda x: x, [1], ordered=ordered))
             await pool.drain()
             check(pool)

@@ -14,8 +14,11 @@ struct binding_state {
     PyTypeObject *mapping_type;
 };
 
-/* Sets OSError from a core status (< 0) and returns NULL. */
+/* Sets OSError from a core status (< 0) and returns NULL; MemoryError where
+ * it was our own memory. */
 PyObject *binding_oserror(int status);
+/* The same of a system call: OSError also for ENOMEM.  filename may be NULL.
+ */
 PyObject *binding_oserror_name(int status, PyObject *filename);
 
 /* Strings of a sequence of bytes-like objects, borrowed until released. */

@@ -12,8 +12,6 @@
 PyObject *
 binding_oserror_name(int status, PyObject *filename)
 {
-    if (status == -ENOMEM)
-        return PyErr_NoMemory();
     errno = -status;
     return filename
                ? PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, filename)
@@ -23,7 +21,8 @@ binding_oserror_name(int status, PyObject *filename)
 PyObject *
 binding_oserror(int status)
 {
-    return binding_oserror_name(status, NULL);
+    return status == -ENOMEM ? PyErr_NoMemory()
+                             : binding_oserror_name(status, NULL);
 }
 
 void

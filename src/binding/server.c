@@ -443,7 +443,8 @@ binding_fork(PyObject *module, PyObject *unused)
     (void)module;
     (void)unused;
     pid = fork_python(NULL);
-    return pid < 0 ? binding_oserror((int)pid) : PyLong_FromLong(pid);
+    return pid < 0 ? binding_oserror_name((int)pid, NULL)
+                   : PyLong_FromLong(pid);
 }
 
 PyObject *
