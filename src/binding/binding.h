@@ -11,7 +11,10 @@
 struct binding_state {
     PyTypeObject *channel_type;
     PyTypeObject *link_type;
+    PyTypeObject *poller_type;
     PyTypeObject *mapping_type;
+    /* names, made once */
+    PyObject *on_entered, *on_reports, *children, *acquire, *release;
 };
 
 /* Sets OSError from a core status (< 0) and returns NULL; MemoryError where
@@ -32,6 +35,9 @@ void binding_strs_release(struct binding_strs *s);
 
 /* channel.c */
 extern PyType_Spec binding_channel_spec;
+
+/* poller.c */
+extern PyType_Spec binding_poller_spec;
 
 /* link.c */
 extern PyType_Spec binding_link_spec;
