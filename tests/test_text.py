@@ -106,7 +106,9 @@ def test_what_code_uses_later_is_not_copied(arun, may_write_text):
         await start(template, STARTS)
         await arranged(template)
         name = max(text_of(template.pid), key=lambda n: text_of(template.pid)[n][1])
-        template.eval("import json, re\njson.loads(json.dumps([1.5, {'a': re}.keys().__len__()]))")
+        template.eval(
+            "import json, re\njson.loads(json.dumps([1.5, {'a': re}.keys().__len__()]))"
+        )
         await template.ready()
         resident, private = text_of(template.pid)[name]
         assert resident > private

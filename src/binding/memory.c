@@ -165,7 +165,8 @@ binding_memory_setup(PyObject *module, PyObject *args)
 int
 binding_memory_no_text(void)
 {
-    return m.no_text;
+    /* A trial allocates: one write splits a huge page for good. */
+    return m.no_text || m.collapsed.bytes;
 }
 
 /* What became of the arrangement of text, in a server process. */
@@ -180,6 +181,8 @@ text_word(const struct afork_server *s)
         return "refused";
     if (s->image)
         return "used";
+    if (m.collapsed.bytes)
+        return "large";
     return s->trial_pid ? "trial" : s->tried ? "nothing to gain" : "not yet";
 }
 

@@ -283,6 +283,8 @@ op_fork(void *self)
 
     PyEval_RestoreThread(p->thread);
     prepare_memory(p);
+    if (binding_memory_no_text())
+        p->server.trial_function = NULL;
     /* Between two forks of an idle template no Python runs. */
     if (p->dirty) {
         before_fork(p);
@@ -408,8 +410,7 @@ binding_serve(PyObject *module, PyObject *args)
     afork_server_init_take(&p->server, fd, plain, &ops, p);
     p->handler = Py_NewRef(handler);
     p->dirty = 1;
-    if (!binding_memory_no_text())
-        p->server.trial_function = "afork._child.trial";
+    p->server.trial_function = "afork._child.trial";
     p->sock = take_attribute(handler, "blank");
     p->close = take_attribute(handler, "close");
     p->count_exit_handlers =

@@ -81,7 +81,7 @@ struct afork_server {
     struct afork_image *trial; /* shared, while there is one */
     struct afork_image *image; /* owned: arranged like that, or NULL */
     size_t image_pages;
-    int image_error; /* why it is not: an errno */
+    int image_error;              /* why it is not: an errno */
     struct afork_failure failure; /* once set, no command is executed */
     int started;                  /* the started report has been queued */
     int mute;                     /* the application reads no more */
