@@ -322,6 +322,10 @@ class Handler:
         atexit._clear()
 
 
+def trial(sock: object) -> None:
+    """What a worker runs that shows which of the interpreter's text all use."""
+
+
 def load_main(kind: bytes, name: bytes) -> None:
     """Load the application's main program here, as multiprocessing does, once."""
     global loading_main, main_loaded

@@ -48,6 +48,10 @@ PyObject *binding_fork(PyObject *module, PyObject *unused);
 
 struct afork_server;
 /* The server that this process is, or NULL and an exception. */
+/* The server of this process, or NULL. */
+const struct afork_server *binding_current_server(void);
+/* Whether text is to be left as it is. */
+int binding_memory_no_text(void);
 struct afork_server *binding_serving(int **ret_keep_title);
 
 /* settings.c */
