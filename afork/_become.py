@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from ._hub import hub
 from ._process import Process
 
 if TYPE_CHECKING:
@@ -36,15 +37,29 @@ class _Become(Coroutine[Any, Any, T], Generic[T]):
         raise NotImplementedError
 
     async def _wait(self) -> T:
+        # Process.until in place, since this is where every start comes by; and
+        # a process that is to become something is never a quiet one.
         process = self._process
         try:
-            await process.until(lambda: process.error is not None or self._over())
+            shared = hub()
+            loop = shared.attach()
+            while True:
+                with shared.lock:
+                    if self._over() or process.error is not None:
+                        break
+                    future = process.new_waiter(loop)
+                try:
+                    await future
+                except BaseException:
+                    process.no_waiter(future)
+                    raise
         except BaseException:
             # Cancelled, or its loop is being torn down: nobody will ever hold
             # the socket, so nobody could end the process.
             process.kill()
             raise
-        process.raise_error()
+        if process.error is not None:
+            process.raise_error()
         return self._result()
 
     def _start(self) -> Coroutine[Any, Any, T]:
@@ -55,7 +70,8 @@ class _Become(Coroutine[Any, Any, T], Generic[T]):
     def __await__(self) -> Generator[Any, None, T]:
         if self._coroutine is not None:
             raise RuntimeError("cannot be awaited twice")
-        return self._start().__await__()
+        self._coroutine = self._wait()
+        return self._coroutine.__await__()
 
     def send(self, value: Any) -> Any:
         return self._start().send(value)
@@ -96,7 +112,9 @@ class Run(_Become["socket.socket"]):
         return self._process.running
 
     def _result(self) -> socket.socket:
-        sock, self._process.sock = self._process.sock, None
+        process = self._process
+        sock, process.sock = process.sock, None
+        process.part()
         if sock is None:
             raise asyncio.InvalidStateError("the socket was given to the callback")
         return sock

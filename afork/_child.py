@@ -66,13 +66,18 @@ def _format(exc: BaseException) -> str:
     """The traceback of an exception, evaluated code included."""
     import linecache
     import traceback
+    import warnings
 
     for name, source in _sources.items():
         linecache.cache[name] = (len(source), None, source.splitlines(True), name)
     tb = exc.__traceback__
     while tb is not None and tb.tb_frame.f_code.co_filename.startswith(_OURS):
         tb = tb.tb_next
-    text = "".join(traceback.format_exception(type(exc), exc, tb))
+    # Of 3.15, about a __main__ whose loader is no part of a spec: with -W error
+    # there would be no traceback.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        text = "".join(traceback.format_exception(type(exc), exc, tb))
     return text.replace(_SITE_HINT, "")
 
 
@@ -315,6 +320,10 @@ class Handler:
 
     def clear_atexit(self, _: None) -> None:
         atexit._clear()
+
+
+def trial(sock: object) -> None:
+    """What a worker runs that shows which of the interpreter's text all use."""
 
 
 def load_main(kind: bytes, name: bytes) -> None:

@@ -18,9 +18,6 @@ from ._process import Process, fork_process, on_template_end
 if TYPE_CHECKING:
     from ._fork import Fork
 
-#: Children whose end may wait to be read until somebody asks.
-_UNREAD = 32
-
 _default: Process | None = None
 _early: Process | None = None
 #: The object of Fork.default(): it must not end the template by going away.
@@ -51,8 +48,6 @@ def fork_default() -> Process:
         template = default_template()
         _interpreter.update_path(template)
         child = fork_process(template)
-        if len(template.children) > _UNREAD:
-            template.poll()
         if template.broken:
             default_template()  # moves the request
         return child
@@ -162,14 +157,14 @@ def shutdown(seconds: float = 1.0) -> None:
             hub().wait(end - time.monotonic())
     if _hub._hub is not None:
         _hub._hub.hurry()
-    while _hub._hub is not None and _hub._hub.callbacks and time.monotonic() < end:
+    while _hub._hub is not None and _hub._hub.owners() and time.monotonic() < end:
         _hub._hub.wait(end - time.monotonic())
     if _hub._hub is not None:
         _hub._hub.close()
         _hub._hub = None
 
 
-def _forget(callbacks: list[_hub.Callback]) -> None:
+def _forget(owners: list[object]) -> None:
     global _default, _early, _fork
     _default = _early = _fork = None
 

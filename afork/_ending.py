@@ -46,17 +46,23 @@ class Mortal(State):
             hub().unwatch(self.pidfd)
             os.close(self.pidfd)
             self.pidfd = -1
-        callbacks, self._exit_callbacks = self._exit_callbacks, []
+        callbacks, self._exit_callbacks = self._exit_callbacks, ()
         for callback in callbacks:
             callback()
         self._wake()
+
+    def ask_parent(self) -> None:
+        """Read what a quiet parent has to say of our end, perhaps."""
+        parent = self.parent
+        if parent is not None and parent.quiet and not self.exited:
+            parent.poll()
 
     def when_exited(self, callback: Callable[[], None]) -> None:
         """Call back once its end is known; at once if it is."""
         if self.exited:
             callback()
         else:
-            self._exit_callbacks.append(callback)
+            self._exit_callbacks = (*self._exit_callbacks, callback)
             self.expect_exit()
 
     def watch_exit(self) -> None:
@@ -142,6 +148,7 @@ class Mortal(State):
     def send_signal(self, number: int) -> None:
         """Now, or as soon as the process has reported its start."""
         with hub().lock:
+            self.ask_parent()
             if self.exited or (self.gone and self.pidfd < 0):
                 raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
             if number == signal.SIGKILL:
@@ -151,14 +158,14 @@ class Mortal(State):
             # Until it has become what it was asked to, it swallows signals.
             becoming = self.claimed and not (self.running or self.executed)
             if self.pid is None or (becoming and number != signal.SIGKILL):
-                self.signals.append(number)
+                self.signals = (*self.signals, number)
             elif self.pidfd >= 0:
                 self.deliver(number)
             else:
                 raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
 
     def _deliver_queued(self) -> None:
-        signals, self.signals = self.signals, []
+        signals, self.signals = self.signals, ()
         for number in signals:
             try:
                 self.send_signal(number)

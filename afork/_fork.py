@@ -134,6 +134,7 @@ class Fork:
             raise ValueError("an open unix stream socket is needed")
         sock.getpeername()  # OSError unless it is connected
         process = Process(_afork.Channel(sock.detach(), plain), plain=plain)
+        process.watch()
         if not plain:
             assert process.channel is not None
             process.channel.strings(_afork.CMD_SET, [b"hello", b""])
@@ -593,15 +594,14 @@ class Fork:
     @property
     def returncode(self) -> int | None:
         """Exit code, -N for signal N, or None while it runs or if unknown."""
-        process = self._process
-        if not process.exited and process.parent is not None and process.parent.quiet:
-            process.parent.poll()
-        status = process.status
+        self._process.ask_parent()
+        status = self._process.status
         return None if status is None else os.waitstatus_to_exitcode(status)
 
     @property
     def rusage(self) -> resource.struct_rusage | None:
         """What the process has used, once it was reaped; None if unknown."""
+        self._process.ask_parent()
         usage = self._process.usage
         if usage is None:
             return None
@@ -691,6 +691,7 @@ class Fork:
 
     def __repr__(self) -> str:
         process = self._process
+        process.ask_parent()
         if process.exited:
             state = f"exited {self.returncode}"
         elif process.error is not None:

@@ -15,24 +15,22 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import TypeAlias
+
+from . import _afork
 
 IN = select.EPOLLIN
 OUT = select.EPOLLOUT
 HUP = select.EPOLLHUP
 
-#: Called with the EPOLL* bits that are set.
-Callback: TypeAlias = Callable[[int], None]
 
+class Hub(_afork.Poller):
+    """The descriptors that afork watches in this process, and who watches it.
 
-class Hub:
-    """The descriptors that afork watches in this process, and who watches it."""
+    Its `lock` is held while callbacks run and by calls that queue several
+    frames.
+    """
 
     def __init__(self) -> None:
-        #: Held while callbacks run and by calls that queue several frames.
-        self.lock = threading.RLock()
-        self._epoll = select.epoll()
-        self._callbacks: dict[int, Callback] = {}
         self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
         #: The one attached last: a set of weak references is slow to ask.
         self._last: Callable[[], asyncio.AbstractEventLoop | None] = lambda: None
@@ -48,7 +46,7 @@ class Hub:
                 # attach us once more.
                 self._loops.add(loop)
                 try:
-                    loop.add_reader(self._epoll.fileno(), self.drain)
+                    loop.add_reader(self.fileno(), self.drain)
                 except BaseException:
                     self._loops.discard(loop)
                     raise
@@ -66,36 +64,9 @@ class Hub:
             return False
         return True
 
-    def watch(self, fd: int, callback: Callback, events: int = IN) -> None:
-        self._callbacks[fd] = callback
-        self._epoll.register(fd, events)
-
-    def change(self, fd: int, events: int) -> None:
-        self._epoll.modify(fd, events)
-
-    def unwatch(self, fd: int) -> None:
-        """Must come before the descriptor is closed: numbers are reused."""
-        if self._callbacks.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
-
-    def drain(self) -> None:
-        """Handle all events that are there; never waits."""
-        with self.lock:
-            found = self._epoll.poll(0, 256)
-            if len(found) == 1:
-                fd, events = found[0]
-                if fd in self._callbacks:
-                    self._callbacks[fd](events)
-                return
-            due = [(fd, self._callbacks.get(fd), events) for fd, events in found]
-            for fd, callback, events in due:
-                # An earlier one may have closed it, and its number be another's.
-                if callback is not None and self._callbacks.get(fd) is callback:
-                    callback(events)
-
     def wait(self, seconds: float) -> None:
         """Wait for an event without a loop, then drain: for the end of the process."""
-        select.select([self._epoll], [], [], max(seconds, 0))
+        select.select([self], [], [], max(seconds, 0))
         self.drain()
 
     def later(self, seconds: float, callback: Callable[[], None]) -> None:
@@ -119,17 +90,12 @@ class Hub:
         for key in list(self._late):
             self._do_late(key)
 
-    @property
-    def callbacks(self) -> list[Callback]:
-        return list(self._callbacks.values())
-
     def close(self) -> None:
         """Forget everything; loops of this process stop watching."""
         for loop in list(self._loops):
             if not loop.is_closed() and _same_thread(loop):
-                loop.remove_reader(self._epoll.fileno())
-        self._callbacks.clear()
-        self._epoll.close()
+                loop.remove_reader(self.fileno())
+        super().close()
 
 
 def _same_thread(loop: asyncio.AbstractEventLoop) -> bool:
@@ -143,12 +109,13 @@ def wake(future: asyncio.Future[None]) -> None:
     """Complete a future of whatever loop it belongs to."""
     loop = future.get_loop()
     try:
-        here = asyncio.get_running_loop() is loop
+        if asyncio.get_running_loop() is loop:
+            if not future.done():
+                future.set_result(None)
+            return
     except RuntimeError:
-        here = False
-    if here:
-        _complete(future)
-    elif not loop.is_closed():
+        pass
+    if not loop.is_closed():
         try:
             loop.call_soon_threadsafe(_complete, future)
         except RuntimeError:
@@ -176,7 +143,7 @@ def hub() -> Hub:
 
 
 #: What a forked child of the application has to give up; set by _process.
-forget_all: list[Callable[[list[Callback]], None]] = []
+forget_all: list[Callable[[list[object]], None]] = []
 
 _watching_forks = False
 
@@ -194,8 +161,7 @@ def _forked() -> None:
     _making = threading.Lock()  # another thread may have held it
     if _hub is not None:
         old, _hub = _hub, None
-        callbacks = old.callbacks
-        old._callbacks.clear()
-        old._epoll.close()
+        owners = old.owners()
+        _afork.Poller.close(old)
         for forget in forget_all:
-            forget(callbacks)
+            forget(owners)

@@ -100,6 +100,7 @@ def spawn(
             raise
     try:
         process = Process(_afork.Channel(channel_fd, plain), plain=plain)
+        process.watch()
     except BaseException:
         _undo(pid)
         raise

@@ -85,6 +85,7 @@ def _fork_here(what: str) -> Process | None:
     from ._process import Process
 
     process = Process(_afork.Channel(ours.detach()))
+    process.watch()
     process.pid = pid
     process.pidfd = os.pidfd_open(pid)
     process.direct = True

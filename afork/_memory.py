@@ -14,7 +14,7 @@ from . import _afork
 #: For tests, and for who has trouble: a comma-separated list of what a template
 #: is not to do, out of `OFF`. Read when it starts.
 VARIABLE = "AFORK_MEMORY_OFF"
-OFF = ("arena", "collapse", "gc", "immortal")
+OFF = ("arena", "collapse", "gc", "immortal", "text")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -106,6 +106,11 @@ def stats() -> dict[str, int | str | bool]:
     - ``immortal``: "used", or why no object was made immortal;
       ``immortal_objects``: how many were
     - ``gc_frozen``: objects that the garbage collector leaves alone
+    - ``text``: whether the interpreter's text was arranged so that a fork copies
+      what workers use of it: "used", "not yet" (before the 32nd start), "trial"
+      (it is being found out), "large" (it is in huge pages, which a trial would
+      split), "nothing to gain", "refused" (``text_errno`` says
+      why), "switched off"; ``text_bytes``: how much is copied
     """
     found: dict[str, int | str | bool] = _afork.memory_stats()
     found["gc_frozen"] = gc.get_freeze_count()

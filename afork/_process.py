@@ -37,31 +37,28 @@ from ._state import next_id
 #: A letter, a payload, and a descriptor or -1.
 _Report: TypeAlias = tuple[int, bytes, int]
 
+#: So many ends of a quiet process's children may wait to be read.
+_UNREAD = 32
+
 logger = logging.getLogger("afork")
 
 
 class Process(Mortal):
     """A process: its socket, what it reports, and when it is let go."""
 
-    def __init__(
-        self,
-        channel: _afork.Channel | None,
-        *,
-        id: int = 0,
-        parent: Process | None = None,
-        plain: bool = False,
-    ) -> None:
-        super().__init__(channel, id=id, parent=parent, plain=plain)
-        if channel is not None and channel.fileno() >= 0:
-            hub().watch(channel.fileno(), self._on_event)
-
     def poll(self) -> None:
         """Read the reports that are there."""
         if self.channel is not None:
             with hub().lock:
+                self.unread = 0
                 self._on_event(IN)
 
     # -- writing
+
+    def watch(self) -> None:
+        """Read its socket as reports come."""
+        assert self.channel is not None
+        hub().watch_process(self.channel, self)
 
     def flush(self) -> None:
         """Send what the socket takes; the rest as it takes it.
@@ -70,12 +67,15 @@ class Process(Mortal):
         """
         if self.coming:
             self._expect_socket()
-        while not self.coming and (fd := self._flush_some()) >= 0:
+            if self.coming:
+                return
+        while (fd := self._flush_some()) >= 0:
             select_writable(fd)
 
     def _flush_some(self) -> int:
         """Send what goes now; the descriptor to wait for, or -1."""
-        with hub().lock:
+        shared = hub()
+        with shared.lock:
             channel = self.channel
             if channel is None or self.gone:
                 return -1
@@ -83,7 +83,7 @@ class Process(Mortal):
                 if channel.flush():
                     if self.plain or self.released or self.error is not None:
                         self._flushed()
-                elif hub().attach_any():
+                elif shared.attach_any():
                     self._set_events()
                 else:
                     return channel.fileno()
@@ -117,7 +117,7 @@ class Process(Mortal):
         assert self.channel is not None
         self.channel.attach(fd)
         self._has_come()
-        hub().watch(fd, self._on_event)
+        self.watch()
         if self._flush_some() >= 0:
             self._set_events()
         self._wake()
@@ -166,50 +166,47 @@ class Process(Mortal):
                 self._on_end()
             self._wake()
             return
-        reports = channel.receive()
-        if len(reports) == 2 and self._on_entered(*reports):
-            return
+        channel.deliver(self)
+
+    def _on_reports(self, reports: list[_Report]) -> None:
+        channel = self.channel
         for letter, payload, fd in reports:
             if self.channel is channel:
                 self._on_report(letter, payload, fd)
             elif fd >= 0:
                 os.close(fd)  # the report before it ended the conversation
-        if self.channel is channel and channel.eof:
+        if channel is not None and self.channel is channel and channel.eof:
             self._on_end()
         self._wake()
 
-    def _on_entered(self, started: _Report, running: _Report) -> bool:
-        """Started and running at once: what nearly all starts consist of.
-
-        False, with nothing done, if there is anything to it beyond that.
-        """
-        letter, payload, pidfd = started
-        if (
-            letter != _afork.REP_STARTED
-            or running[0] != _afork.REP_RUNNING
-            or len(payload) != STARTED.size
-            or self.claimed != "run"
-            or self.pid is not None
-            or self.error is not None
-            or self.signals
-            or self.exited
-        ):
-            return False
-        (pid,) = STARTED.unpack(payload)
-        if not 0 < pid <= PID_MAX:
-            return False
+    def _on_entered(self, pid: int, pidfd: int) -> None:
+        """Started and running at once: what nearly all starts consist of."""
+        try:
+            if (
+                self.claimed != "run"
+                or self.pid is not None
+                or self.error is not None
+                or self.signals
+                or self.exited
+                or not 0 < pid <= PID_MAX
+                or pidfd < 0
+            ):
+                raise ValueError
+            if not self.dropped:
+                check_pidfd(pidfd)
+        except ValueError:
+            started = _afork.REP_STARTED if pidfd >= 0 else _afork.REP_STARTED_BARE
+            self._on_reports(
+                [(started, STARTED.pack(pid), pidfd), (_afork.REP_RUNNING, b"", -1)]
+            )
+            return
         if self.dropped:
             os.close(pidfd)  # nobody can ask for a signal any more
         else:
-            try:
-                check_pidfd(pidfd)
-            except ValueError:
-                return False
             self.pidfd = pidfd
         self.pid = pid
         self._take_socket()
         self._wake()
-        return True
 
     def _on_report(self, letter: int, payload: bytes, fd: int) -> None:
         try:
@@ -293,9 +290,8 @@ class Process(Mortal):
         """The function is entered: the socket is the user's."""
         assert self.channel is not None
         self.running = True
-        fd = self.channel.fileno()
-        hub().unwatch(fd)
-        self.channel.detach()
+        hub().unwatch(self.channel.fileno())
+        fd = self.channel.detach()
         self.channel = None
         if self.forgotten and self.callback is None:
             os.close(fd)
@@ -306,6 +302,7 @@ class Process(Mortal):
                 callback, self.callback = self.callback, None
                 sock, self.sock = self.sock, None
                 call_user(callback, sock)
+        self.part()
         if self.parent is not None and self.parent.gone and not self.exited:
             self._learn_end()
 
@@ -450,6 +447,8 @@ class Process(Mortal):
         error, parent = self.error, self.parent
         if error is None or parent is None:
             return
+        if parent.quiet:
+            parent.poll()
         if parent.error is None:
             if parent.gone and isinstance(error, TemplateError):
                 parent.told()  # its own is yet to come, and says the same
@@ -494,13 +493,14 @@ class Process(Mortal):
             if self.sock is not None:
                 self.sock.close()
                 self.sock = None
+            self.part()
         self.log_error()
 
     def drop(self) -> None:
         """The Fork object has gone."""
         self.dropped = True
-        hub().attach_any()  # somebody has to read until the end
-        if not self.claimed:
+        if not self.claimed:  # else who awaits, or drops, the Run has done so
+            hub().attach_any()  # somebody has to read until the end
             # Nor is it news that it has gone with its template.
             parent = self.parent
             known = parent is not None and parent.was_logged and parent.gone
@@ -509,6 +509,18 @@ class Process(Mortal):
             self.release()
         with hub().lock:
             self._drop_pidfd()
+            self.part()
+
+    def part(self) -> None:
+        """If nobody can ask how it ends any more, its template need not say."""
+        if (
+            self.dropped
+            and self.running
+            and self.sock is None
+            and self.parent is not None
+            and not self._expecting
+        ):
+            self.parent.children.pop(self.id, None)
 
     def release(self) -> None:
         """End it as soon as everything queued has been sent."""
@@ -551,7 +563,23 @@ def dead_end() -> int:
 
 def fork_process(parent: Process) -> Process:
     """Queue one fork and send it."""
-    child = _queue_fork(parent)
+    channel = parent.channel
+    if channel is None:
+        channel = _afork.Channel(dead_end(), parent.plain)
+    id = next_id()
+    shared = hub()
+    with shared.lock:
+        request = channel.fork(id)
+        child = Process(request, id, parent, parent.plain)
+        shared.watch_process(request, child)
+        parent.children[id] = child
+        parent.forked = True
+        parent.unread += 1
+        if parent.quiet:
+            if parent.unread > _UNREAD:
+                parent.poll()
+        elif parent.pid is not None and not parent.plain:
+            parent.be_quiet()
     parent.flush()
     return child
 
@@ -569,7 +597,7 @@ def fork_processes(parent: Process, n: int) -> list[Process]:
         ids = [next_id() for _ in range(n)]
         children = []
         for id in ids:
-            child = Process(_afork.Channel(-1), id=id, parent=parent)
+            child = Process(_afork.Channel(-1), id, parent)
             child.coming = True
             children.append(child)
         parent.children.update(zip(ids, children, strict=True))
@@ -578,18 +606,6 @@ def fork_processes(parent: Process, n: int) -> list[Process]:
         parent.request_many(children)
     parent.flush()
     return children
-
-
-def _queue_fork(parent: Process) -> Process:
-    channel = parent.channel
-    if channel is None:
-        channel = _afork.Channel(dead_end(), parent.plain)
-    id = next_id()
-    with hub().lock:
-        child = Process(channel.fork(id), id=id, parent=parent, plain=parent.plain)
-        parent.children[id] = child
-        parent.forked = True
-    return child
 
 
 #: What to do first when a template has ended (the default one is replaced).
@@ -625,12 +641,12 @@ def peer_has_closed(fd: int) -> bool:
     return bool(poll.poll(0))
 
 
-def _forget_all(callbacks: list[_hub.Callback]) -> None:
+def _forget_all(owners: list[object]) -> None:
     on_template_end.clear()
-    for callback in callbacks:
-        owner = getattr(callback, "__self__", None)
-        if isinstance(owner, Process):
-            owner.abandon()
+    for owner in owners:
+        process = getattr(owner, "__self__", owner)  # a callback is a method
+        if isinstance(process, Process):
+            process.abandon()
 
 
 _hub.forget_all.append(_forget_all)

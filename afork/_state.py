@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from ._hub import IN, OUT, hub, wake
@@ -28,6 +28,18 @@ class State:
 
     # Defaults are the class's: most processes never leave most of them.
 
+    channel: _afork.Channel | None
+    id = 0
+    plain = False
+    parent: Process | None = None
+    #: Signals to be sent once it has started.
+    signals: Sequence[int] = ()
+    #: Descriptors among the pending arguments.
+    handles = 0
+    #: It was forked from the main program.
+    has_main = False
+    #: The sys.path that it has been told.
+    path: Sequence[str] = ()
     pid: int | None = None
     pidfd = -1  # owned
     #: Whether it is our child, and ours to reap.
@@ -76,35 +88,36 @@ class State:
     moved = False
     #: Its reports are read when somebody asks, not as they come.
     quiet = False
+    #: Children made since they were read last.
+    unread = 0
     _listeners = 0
     _expecting = False
     _losing = False
     _watching_exit = False
+    _waiters: list[asyncio.Future[None]] | None = None
+    _exit_callbacks: Sequence[Callable[[], None]] = ()
 
     def __init__(
         self,
         channel: _afork.Channel | None,
-        *,
         id: int = 0,
         parent: Process | None = None,
         plain: bool = False,
     ) -> None:
-        self.id = id
         self.channel = channel
-        self.plain = plain
-        self.parent = parent
         #: Processes whose exit this one will report, by id.
         self.children: dict[int, Process] = {}
-        #: Signals to be sent once it has started.
-        self.signals: list[int] = []
-        #: Descriptors among the pending arguments.
-        self.handles: int = parent.handles if parent else 0
-        #: It was forked from the main program.
-        self.has_main: bool = parent.has_main if parent else False
-        #: The sys.path that it has been told.
-        self.path: list[str] = parent.path if parent else []
-        self._waiters: list[asyncio.Future[None]] = []
-        self._exit_callbacks: list[Callable[[], None]] = []
+        if plain:
+            self.plain = True
+        if parent is None:
+            return
+        self.id = id
+        self.parent = parent
+        self.path = parent.path
+        if parent.handles:
+            self.handles = parent.handles
+        if parent.has_main:
+            self.has_main = True
 
     # -- waiting
 
@@ -122,22 +135,33 @@ class State:
                 with lock:
                     if happened():
                         return
-                    future = loop.create_future()
-                    self._waiters.append(future)
+                    future = self.new_waiter(loop)
                 try:
                     await future
                 except BaseException:
-                    with lock:
-                        if future in self._waiters:
-                            self._waiters.remove(future)
+                    self.no_waiter(future)
                     raise
         finally:
             with lock:
                 self._listen(-1)
 
+    def new_waiter(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
+        """A future that the next change completes; to be called under the lock."""
+        future = loop.create_future()
+        if self._waiters is None:
+            self._waiters = [future]
+        else:
+            self._waiters.append(future)
+        return future
+
+    def no_waiter(self, future: asyncio.Future[None]) -> None:
+        with hub().lock:
+            if self._waiters is not None and future in self._waiters:
+                self._waiters.remove(future)
+
     def _wake(self) -> None:
         if self._waiters:
-            waiters, self._waiters = self._waiters, []
+            waiters, self._waiters = self._waiters, None
             for future in waiters:
                 wake(future)
 
@@ -146,8 +170,8 @@ class State:
     def be_quiet(self) -> None:
         """Do not wake a loop for every child that exits.
 
-        For the default template: most of its children are of no interest to
-        anybody once they run. Its end is noticed at once all the same.
+        For templates: most of their children are of no interest to anybody once
+        they run. Their end is noticed at once all the same.
         """
         self.quiet = True
         self._set_events()

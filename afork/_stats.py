@@ -78,8 +78,11 @@ def collect(facts: dict[str, Any]) -> bytes:
     """In the process: its answer, from what the server loop knows and procfs."""
     from . import _atfork
 
-    facts["age"] = read_age("self")
-    facts["threads"] = _threads()
+    try:
+        facts["age"] = read_age("self")
+        facts["threads"] = _threads()
+    except OSError:
+        pass  # no procfs, as after chroot(2)
     facts["at_fork"] = {**_atfork.counts, "modules": _atfork.modules}
     facts["inherited"] = _still_open()
     facts["memory"] = read_memory("self")

@@ -97,6 +97,9 @@ async def quiet() -> tuple[Figures, Figures]:
         assert template.pid is not None
         while figures(template.pid)["children"]:
             await template.ready()
+        # It may have reaped the last ones behind its answer: what it reported of
+        # them, with which their pidfds are closed, comes ahead of the next one.
+        await template.ready()
     gc.collect()
     return figures(os.getpid()), figures(template.pid)
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import importlib
+import importlib.util
 import os
 import pickle
 import queue
@@ -21,7 +22,7 @@ import pytest
 
 import afork
 
-from .conftest import HANG, SCRIPTS
+from .conftest import HANG, SCRIPTS, need
 from .scripts import fault_tools, pool_tools
 from .scripts.fault_tools import subreaper, wait_pidfd
 
@@ -136,7 +137,8 @@ def test_unpicklable_result(jobs):
 
 
 def test_cloudpickle(jobs):
-    pytest.importorskip("cloudpickle")
+    found = importlib.util.find_spec("cloudpickle") is not None
+    need("cloudpickle", found, "no cloudpickle here")
     with afork.Executor(1, codec="cloudpickle") as executor:
         n = 2
         assert list(executor.map(lambda x: n * x, range(5))) == [0, 2, 4, 6, 8]

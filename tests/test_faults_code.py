@@ -353,3 +353,22 @@ def test_frames_of_eval_do_not_leak_arguments(arun):
         assert await f.wait() == 0
 
     arun(main)
+
+
+def test_the_traceback_is_there_although_warnings_are_errors(run_script):
+    """3.15 warns of what its own __main__ looks like when it shows a line."""
+    run_script(
+        """
+import asyncio, afork
+
+async def main():
+    for f in (afork.Fork.new(), afork.Fork.new_exec()):
+        try:
+            await f.eval("def fail():\\n    return 1 // 0\\nfail()").ready()
+        except afork.RemoteError as exc:
+            assert "return 1 // 0" in exc.traceback, exc.traceback
+            assert "ZeroDivisionError" in exc.traceback
+
+asyncio.run(main())
+"""
+    )

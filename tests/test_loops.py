@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import threading
 
@@ -10,7 +11,7 @@ import pytest
 
 import afork
 
-from .conftest import HANG
+from .conftest import HANG, need
 from .scripts.api_ask import PYTHONPATH, ask, code_is_lost_or, ended, read_all
 
 
@@ -117,7 +118,8 @@ def test_loop_that_ends_with_awaits_pending(loop_factory):
 
 
 def test_two_kinds_of_loops_after_another():
-    uvloop = pytest.importorskip("uvloop")
+    need("uvloop", importlib.util.find_spec("uvloop") is not None, "no uvloop here")
+    import uvloop
 
     async def main():
         return await ask(afork.Fork.new(), "os.getppid()")

@@ -331,6 +331,11 @@ def test_capture_and_output(arun, jobs, capfd):
             view = pool.with_options(capture=True)
             captured = await view.call(jobs.write, "x")
             assert captured == afork.Captured("x", b"x out\n", b"x err\n")
+            assert captured.truncated is False
+            much = await view.call(jobs.write, "x" * (17 << 20))
+            assert much.truncated is True
+            assert (len(much.stdout), len(much.stderr)) == (16 << 20, 16 << 20)
+            assert much.stdout.endswith(b"x out\n")
             assert await pool.call(jobs.write, "y") == "y"
         out, err = Seen(), Seen()
         async with afork.Pool(max=1, stdout=out, stderr=err) as pool:

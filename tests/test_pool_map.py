@@ -116,18 +116,18 @@ def test_results_do_not_wait_for_a_slow_source(arun, jobs, ordered):
 def test_closing_early_cancels(arun, jobs, gate, ordered):
     async def main():
         seen = Seen()
-        async with afork.Pool(max=2, on_event=seen) as pool:
+        async with afork.Pool(max=1, on_event=seen) as pool:
             source = AsyncSource(100)
             gates = ((gate.path, i) async for i in source.items())
             results = pool.map(jobs.hold_pair, gates, ordered=ordered, limit=10)
             first = asyncio.ensure_future(anext(results))
-            await seen.held(2)
-            gate.open(5)  # whoever gets there first
+            await seen.held(1)
+            gate.open()
             await first
             await results.aclose()
             await pool.drain()
             check(pool)
-            assert 1 <= pool.stats().counts.done <= 5
+            assert pool.stats().counts.done == 1
             assert pool.stats().counts.cancelled >= 1
             assert await pool.call(jobs.add, 1) == 1
 
@@ -181,7 +181,7 @@ def test_exceptions(arun, jobs, ordered):
                 await anext(pool.map(jobs.add, 5, ordered=ordered))
             with pytest.raises(ValueError, match="limit"):
                 pool.map(jobs.add, [], limit=0)
-            with pytest.raises(Exception, match="pickle|local object"):
+            with pytest.raises(Exception, match=r"pickle|local object"):
                 await anext(pool.map(lambda x: x, [1], ordered=ordered))
             await pool.drain()
             check(pool)

@@ -199,3 +199,39 @@ def test_no_warning_of_threads_that_are_not_there(arun):
             assert " " not in name
 
     arun(main)
+
+
+def test_descriptors_that_the_kernel_does_not_take_are_tried_again_later(arun):
+    """ETOOMANYREFS: the socket has room, so waiting for that would be busy."""
+    code = """
+    import asyncio, afork.rpc
+
+    class Refusing:
+        '''What a link does once its user has too many descriptors in flight.'''
+        queued = 1
+        tries = 0
+        def __init__(self, link):
+            self.link = link
+        def flush(self, wait=False):
+            self.tries += 1
+            return False
+        def __getattr__(self, name):
+            return getattr(self.link, name)
+
+    async def refused(turns):
+        server = afork.rpc._server
+        refusing = server.link = Refusing(server.link)
+        server.flush_some()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        server.link = refusing.link
+        return refusing.tries
+    """
+
+    async def main():
+        rpc = afork.Fork.new().eval(code).rpc("refused", asynchronous=True)
+        assert 2 <= await rpc(500) < 250
+        assert 2 <= await rpc(500) < 250
+        await rpc.close()
+
+    arun(main)

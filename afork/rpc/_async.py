@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 _CREDIT = struct.Struct("=I")
 
+#: Seconds until descriptors are tried again that the kernel did not take.
+_BACK_OFF = 0.01
+
 #: Bytes of unsent answers above which no further call is read.
 _UNSENT_MAX = 1 << 20
 
@@ -152,6 +155,16 @@ class AsyncServer(_serve.Server):
             self.flushing = True
             self.loop.call_soon(self.flush_some)
 
+    def writable(self) -> None:
+        before = self.link.queued
+        self.flush_some()
+        if self.writing and self.link.queued == before:
+            # Too many descriptors of this user in flight: the socket has room,
+            # and says so all the time.
+            self.writing = False
+            self.loop.remove_writer(self.link.fileno())
+            self.loop.call_later(_BACK_OFF, self.flush_some)
+
     def flush_some(self) -> None:
         self.flushing = False
         # A child whose loop goes on has a copy of what its parent will send.
@@ -164,7 +177,7 @@ class AsyncServer(_serve.Server):
         if all_sent == self.writing:
             self.writing = not all_sent
             if self.writing:
-                self.loop.add_writer(self.link.fileno(), self.flush_some)
+                self.loop.add_writer(self.link.fileno(), self.writable)
             else:
                 self.loop.remove_writer(self.link.fileno())
         # Answers that nobody fetches must not pile up: no further calls then.

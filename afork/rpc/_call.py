@@ -28,9 +28,11 @@ class Captured(NamedTuple):
     """The result of a call made with ``capture=True``."""
 
     value: Any
-    #: What was written to descriptors 1 and 2 meanwhile.
+    #: What was written to descriptors 1 and 2 meanwhile; the last 16 MiB.
     stdout: bytes
     stderr: bytes
+    #: Whether one of them was longer.
+    truncated: bool = False
 
 
 class Descriptors:
@@ -80,7 +82,7 @@ class Call(asyncio.Future[Any]):
         self.fds = Descriptors(fds) if fds else None
         self.options: list[bytes] | None = None
         self.on_event: Callable[[Event], object] | None = None
-        self.output: tuple[bytes, bytes] | None = None
+        self.output: tuple[bytes, bytes, bool] | None = None
         self.stream: Items | None = None
         self.connection: Connection | None = None
 

@@ -351,8 +351,8 @@ class Connection:
             del self.calls[id]
             self.answer(call, None, error)
         elif kind == OUTPUT:
-            stdout, stderr = find_codec("bytes").decode(payload, fds)
-            call.output = stdout, stderr
+            stdout, stderr, *cut = find_codec("bytes").decode(payload, fds)
+            call.output = stdout, stderr, bool(cut)
         else:
             return False
         return True
@@ -380,7 +380,7 @@ class Connection:
         if not call.done():
             if error is not None:
                 if call.output is not None:
-                    _attach_output(error, call.output)
+                    _attach_output(error, *call.output[:2])
                 call.set_exception(error)
             elif call.output is not None:
                 call.set_result(Captured(value, *call.output))
@@ -510,6 +510,9 @@ _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 def _forget(callbacks: object) -> None:
     """In a forked child of the application: close, tell nobody, touch no loop."""
     for connection in list(_connections):
+        if connection._watch is not None:
+            connection._watch.abandon()
+            connection._watch = None
         if connection.link is not None:
             connection.link.close()
             connection.link = None
@@ -559,13 +562,13 @@ def copy_error(error: BaseException) -> BaseException:
     return new
 
 
-def _attach_output(error: BaseException, output: tuple[bytes, bytes]) -> None:
+def _attach_output(error: BaseException, stdout: bytes, stderr: bytes) -> None:
     """Let a failed call keep what it has written."""
     try:
-        error.stdout, error.stderr = output  # type: ignore[attr-defined]
+        error.stdout, error.stderr = stdout, stderr  # type: ignore[attr-defined]
     except AttributeError:
         pass  # one with __slots__
-    for name, data in zip(("stdout", "stderr"), output, strict=True):
+    for name, data in zip(("stdout", "stderr"), (stdout, stderr), strict=True):
         if data:
             text = data[-4096:].decode("utf-8", "replace").rstrip("\n")
             error.add_note(f"{name} of the call:\n{text}")

@@ -117,5 +117,4 @@ class Applied:
                 variable.reset(token)
             if self.capture is not None:
                 self.capture.__exit__(None, None, None)
-                stdout, stderr = self.capture.stdout, self.capture.stderr
-                self.server.send_output(self.id, stdout, stderr)
+                self.server.send_output(self.id, self.capture)

@@ -200,6 +200,8 @@ class OutputPipe:
             if fd >= 0:
                 os.close(fd)
         self._read_fd = self.write_fd = -1
+        if self._file is not None:
+            self._file.abandon()
 
     # -- lines
 
@@ -388,6 +390,13 @@ class _File:
             if not future.done():
                 future.set_result(None)
         if not self.users and not watch:
+            self._close()
+
+    def abandon(self) -> None:
+        """In a forked child: what is still to be written is its parent's."""
+        self._buffer.clear()
+        self._broken = True
+        if self._fd >= 0:
             self._close()
 
     def _close(self) -> None:

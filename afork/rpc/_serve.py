@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeAlias
 
+    from ._redirect import Capture
+
     #: kind, id, payload, descriptors
     Frame: TypeAlias = tuple[int, int, bytes, tuple[int, ...]]
 
@@ -171,8 +173,10 @@ class Server:
         finally:
             close_all(fds)
 
-    def send_output(self, id: int, stdout: bytes, stderr: bytes) -> None:
-        payload, fds = find_codec("bytes").encode((stdout, stderr))
+    def send_output(self, id: int, capture: Capture) -> None:
+        cut = [b"truncated"] if capture.truncated else []
+        strings = (capture.stdout, capture.stderr, *cut)
+        payload, fds = find_codec("bytes").encode(strings)
         try:
             self.link.send(OUTPUT, id, payload, fds)
         finally:

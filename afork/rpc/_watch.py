@@ -58,6 +58,12 @@ class Watch:
         else:
             self._loop.remove_writer(self._fd)
 
+    def abandon(self) -> None:
+        """In a forked child of the application: close, touch no loop."""
+        if self._epoll is not None:
+            epoll, self._epoll = self._epoll, None
+            epoll.close()
+
     def close(self) -> None:
         """Stop; must come before the descriptor is closed."""
         if self._epoll is not None:

@@ -31,13 +31,14 @@ struct slab {
 };
 
 static struct {
+    int closed; /* no new arenas: this is a worker.  First: every one writes
+                   it, and memory.c's page is near */
+    int installed;
     PyObjectArenaAllocator theirs; /* for what does not fit, and to free it */
-    struct slab *slabs[SLABS];
     size_t n;
     size_t bytes;  /* in arenas that were handed out here */
     size_t arenas; /* number of them */
-    int installed;
-    int closed; /* no new arenas: this is a worker */
+    struct slab *slabs[SLABS];
 } own;
 
 /* Maps a slab of at most size bytes; NULL without memory for it. */

@@ -11,11 +11,17 @@
 struct binding_state {
     PyTypeObject *channel_type;
     PyTypeObject *link_type;
+    PyTypeObject *poller_type;
     PyTypeObject *mapping_type;
+    /* names, made once */
+    PyObject *on_entered, *on_reports, *children, *acquire, *release;
 };
 
-/* Sets OSError from a core status (< 0) and returns NULL. */
+/* Sets OSError from a core status (< 0) and returns NULL; MemoryError where
+ * it was our own memory. */
 PyObject *binding_oserror(int status);
+/* The same of a system call: OSError also for ENOMEM.  filename may be NULL.
+ */
 PyObject *binding_oserror_name(int status, PyObject *filename);
 
 /* Strings of a sequence of bytes-like objects, borrowed until released. */
@@ -30,6 +36,9 @@ void binding_strs_release(struct binding_strs *s);
 /* channel.c */
 extern PyType_Spec binding_channel_spec;
 
+/* poller.c */
+extern PyType_Spec binding_poller_spec;
+
 /* link.c */
 extern PyType_Spec binding_link_spec;
 
@@ -39,6 +48,10 @@ PyObject *binding_fork(PyObject *module, PyObject *unused);
 
 struct afork_server;
 /* The server that this process is, or NULL and an exception. */
+/* The server of this process, or NULL. */
+const struct afork_server *binding_current_server(void);
+/* Whether text is to be left as it is. */
+int binding_memory_no_text(void);
 struct afork_server *binding_serving(int **ret_keep_title);
 
 /* settings.c */

@@ -1,10 +1,10 @@
 /*
  * Channel: the application's end of a process's control socket.
  *
- * Nothing in it blocks, so every call is one step under the GIL and threads
- * need no other lock for it.
+ * Nothing in it blocks, whatever mode the socket is in: so every call is one
+ * step under the GIL and threads need no other lock for it.
  */
-#include "binding.h"
+#include "channel.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -13,20 +13,11 @@
 #include <sys/un.h>
 
 #include "fd.h"
-#include "outq.h"
-#include "reader.h"
 
-/* One call of receive: frames, and the bytes after which it takes no more. */
-enum { RECEIVE_MAX = 256, RECEIVE_BYTES = 1 << 20 };
-
-typedef struct {
-    PyObject_HEAD
-    int fd; /* owned */
-    int plain;
-    int eof;
-    struct afork_outq out;
-    struct afork_reader in;
-} Channel;
+enum {
+    START_BYTES = 14, /* the shortest conversation that ends in RUNNING */
+    PARENT_BYTES = 8 << 10, /* of a process that will never report RUNNING */
+};
 
 static PyObject *
 channel_make(PyTypeObject *type, int fd_take, int plain)
@@ -47,7 +38,7 @@ channel_make(PyTypeObject *type, int fd_take, int plain)
 static PyObject *
 channel_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    int fd, plain = 0, r;
+    int fd, plain = 0;
 
     if (kwargs && PyDict_GET_SIZE(kwargs)) {
         PyErr_SetString(PyExc_TypeError, "Channel takes no keyword arguments");
@@ -55,9 +46,8 @@ channel_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     }
     if (!PyArg_ParseTuple(args, "i|p:Channel", &fd, &plain))
         return NULL;
-    /* Without a socket yet: frames are queued until attach. */
-    r = fd == AFORK_NOFD ? 0 : afork_fd_nonblock(fd, 1);
-    return r < 0 ? binding_oserror(r) : channel_make(type, fd, plain);
+    /* AFORK_NOFD: without a socket yet, frames are queued until attach. */
+    return channel_make(type, fd, plain);
 }
 
 static void
@@ -78,8 +68,8 @@ channel_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
-static int
-check_open(const Channel *c)
+int
+binding_channel_check(const Channel *c)
 {
     if (c->fd >= 0)
         return 0;
@@ -210,6 +200,14 @@ request_fork_take(Channel *c, int sock, uint64_t id)
     return r < 0 ? r : afork_outq_frame(&c->out, AFORK_CMD_FORK, NULL, 0);
 }
 
+/* From here on the process has children: it will never report RUNNING. */
+static void
+expect_children(Channel *c)
+{
+    if (!c->plain && !c->in.ahead)
+        afork_reader_ahead(&c->in, PARENT_BYTES, 0);
+}
+
 static PyObject *
 channel_fork(PyObject *self, PyObject *arg)
 {
@@ -223,13 +221,14 @@ channel_fork(PyObject *self, PyObject *arg)
     r = afork_fd_pair(pair);
     if (r < 0)
         return binding_oserror(r);
-    r = afork_fd_nonblock(pair[0], 1);
     child = channel_make(Py_TYPE(self), pair[0], c->plain);
-    if (!child || r < 0) {
+    if (!child) {
         afork_fd_close(&pair[1]);
-        Py_XDECREF(child);
-        return child ? binding_oserror(r) : NULL;
+        return NULL;
     }
+    expect_children(c);
+    if (!c->plain)
+        afork_reader_ahead(&((Channel *)child)->in, START_BYTES, 1);
     r = request_fork_take(c, pair[1], id);
     if (r < 0) {
         Py_DECREF(child);
@@ -249,7 +248,7 @@ channel_attach(PyObject *self, PyObject *arg)
 
     if (fd < 0)
         return NULL;
-    r = c->fd >= 0 ? -EISCONN : afork_fd_nonblock(fd, 1);
+    r = c->fd >= 0 ? -EISCONN : 0;
     /* It may have sent anything: only this has the calls that will be used. */
     if (r == 0 && (getpeername(fd, (struct sockaddr *)&peer, &len) < 0 ||
                    getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) < 0))
@@ -258,8 +257,10 @@ channel_attach(PyObject *self, PyObject *arg)
         r = -ENOTSOCK;
     if (r < 0)
         afork_fd_close(&fd);
-    else
+    else {
         c->fd = fd;
+        afork_reader_ahead(&c->in, START_BYTES, 1);
+    }
     return status_none(r);
 }
 
@@ -278,6 +279,7 @@ channel_fork_many(PyObject *self, PyObject *arg)
         r = -E2BIG;
     else if (ids.len >= (Py_ssize_t)sizeof first) {
         memcpy(&first, ids.buf, sizeof first);
+        expect_children(c);
         r = afork_outq_tagged(&c->out, AFORK_CMD_FORK_MANY, ids.buf,
                               (size_t)ids.len, first);
     }
@@ -317,55 +319,10 @@ channel_flush(PyObject *self, PyObject *unused)
     int r;
 
     (void)unused;
-    if (check_open(c) < 0)
+    if (binding_channel_check(c) < 0)
         return NULL;
     r = afork_outq_flush(&c->out, c->fd);
     return r < 0 ? binding_oserror(r) : PyBool_FromLong(r);
-}
-
-static PyObject *
-channel_receive(PyObject *self, PyObject *unused)
-{
-    Channel *c = (Channel *)self;
-    size_t bytes = 0;
-    PyObject *list;
-    int r;
-
-    (void)unused;
-    if (check_open(c) < 0)
-        return NULL;
-    list = PyList_New(0);
-    /* Bounds: a peer that never stops must not keep the loop for itself. */
-    for (int n = 0;
-         list && !c->eof && n < RECEIVE_MAX && bytes < RECEIVE_BYTES; n++) {
-        struct afork_frame frame = {.fd = AFORK_NOFD};
-        PyObject *item;
-
-        r = afork_reader_next(&c->in, c->fd, &frame);
-        if (r == -EPIPE)
-            c->eof = 1;
-        if (r == 0 || r == -EPIPE)
-            break;
-        if (r < 0) {
-            /* What came before it is good, and may own descriptors. */
-            c->eof = 1;
-            frame.letter = 0;
-            frame.len = 0;
-            frame.fd = r;
-        }
-        bytes += frame.len;
-        item = Py_BuildValue("iy#i", frame.letter,
-                             frame.len ? (const char *)frame.payload : "",
-                             (Py_ssize_t)frame.len, frame.fd);
-        if (!item || PyList_Append(list, item) < 0) {
-            afork_fd_close(&frame.fd);
-            Py_CLEAR(list);
-        }
-        Py_XDECREF(item);
-        if (frame.letter == AFORK_REP_RUNNING)
-            break; /* the bytes behind it are the user's */
-    }
-    return list;
 }
 
 static PyObject *
@@ -375,7 +332,7 @@ channel_detach(PyObject *self, PyObject *unused)
     int fd = c->fd;
 
     (void)unused;
-    if (check_open(c) < 0)
+    if (binding_channel_check(c) < 0)
         return NULL;
     c->fd = AFORK_NOFD;
     channel_release(c);
@@ -439,7 +396,9 @@ static PyMethodDef methods[] = {
     {"request", channel_request, METH_VARARGS, NULL},
     {"reclaim", channel_reclaim, METH_NOARGS, NULL},
     {"flush", channel_flush, METH_NOARGS, NULL},
-    {"receive", channel_receive, METH_NOARGS, NULL},
+    {"receive", binding_channel_receive, METH_NOARGS, NULL},
+    {"deliver", (PyCFunction)(void (*)(void))binding_channel_deliver,
+     METH_METHOD | METH_FASTCALL | METH_KEYWORDS, NULL},
     {"detach", channel_detach, METH_NOARGS, NULL},
     {"shutdown", channel_shutdown, METH_NOARGS, NULL},
     {"close", channel_close, METH_NOARGS, NULL},

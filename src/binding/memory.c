@@ -12,12 +12,13 @@
 #endif
 
 #include "hugepage.h"
+#include "serve.h"
 
 /* Below it there is nothing to gain: measured, see docs/design.rst. */
 #define LARGE ((int64_t)30 << 20)
 
 static struct {
-    int no_collapse, no_gc_freeze, no_immortal; /* switched off */
+    int no_collapse, no_gc_freeze, no_immortal, no_text; /* switched off */
     int gc_frozen; /* the collector's objects have been frozen once */
     int changed;   /* Python has run since the last fork */
     int uncollapsed;
@@ -132,7 +133,8 @@ binding_memory_before_fork(const void *const *keep, size_t n, int alone)
 void
 binding_memory_after_fork(void)
 {
-    m.forked = 1;
+    if (!m.forked) /* a write for each fork would copy the page each time */
+        m.forked = 1;
 }
 
 /* In a main program that is about to fork a template of itself. */
@@ -151,12 +153,37 @@ binding_memory_setup(PyObject *module, PyObject *args)
     int no_arena;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "pppp:memory_setup", &no_arena, &m.no_collapse,
-                          &m.no_gc_freeze, &m.no_immortal))
+    if (!PyArg_ParseTuple(args, "ppppp:memory_setup", &no_arena,
+                          &m.no_collapse, &m.no_gc_freeze, &m.no_immortal,
+                          &m.no_text))
         return NULL;
     if (!no_arena && afork_huge_probe() != AFORK_HUGE_NEVER)
         binding_arena_install();
     Py_RETURN_NONE;
+}
+
+int
+binding_memory_no_text(void)
+{
+    /* A trial allocates: one write splits a huge page for good. */
+    return m.no_text || m.collapsed.bytes;
+}
+
+/* What became of the arrangement of text, in a server process. */
+static const char *
+text_word(const struct afork_server *s)
+{
+    if (m.no_text)
+        return "switched off";
+    if (!s)
+        return "not yet";
+    if (s->image_error)
+        return "refused";
+    if (s->image)
+        return "used";
+    if (m.collapsed.bytes)
+        return "large";
+    return s->trial_pid ? "trial" : s->tried ? "nothing to gain" : "not yet";
 }
 
 /* immortalise(roots): the objects of this process; how many are new. */
@@ -190,6 +217,7 @@ binding_memory_stats(PyObject *module, PyObject *unused)
 {
     size_t bytes, arenas = binding_arena_count(&bytes);
     const char *refused = binding_immortal_refused();
+    const struct afork_server *server = binding_current_server();
 
     (void)module;
     (void)unused;
@@ -198,7 +226,7 @@ binding_memory_stats(PyObject *module, PyObject *unused)
     else if (m.no_immortal)
         refused = "switched off";
     return Py_BuildValue(
-        "{snsnsLsLsssKsKsisOsnss}", "arenas", (Py_ssize_t)arenas,
+        "{snsnsLsLsssKsKsisOsnsssssnsi}", "arenas", (Py_ssize_t)arenas,
         "arena_bytes", (Py_ssize_t)bytes, "private_bytes",
         (long long)afork_huge_private(), "huge_bytes",
         (long long)afork_huge_bytes(), "collapse", m.collapse,
@@ -206,5 +234,7 @@ binding_memory_stats(PyObject *module, PyObject *unused)
         "refused_bytes", (unsigned long long)m.collapsed.refused,
         "collapse_errno", m.collapsed.error, "frozen",
         m.frozen ? Py_True : Py_False, "immortal_objects", m.immortal,
-        "immortal", refused ? refused : "used");
+        "immortal", refused ? refused : "used", "text", text_word(server),
+        "text_bytes", server ? (Py_ssize_t)server->image_pages * 4096 : 0,
+        "text_errno", server ? server->image_error : 0);
 }

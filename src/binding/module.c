@@ -12,8 +12,6 @@
 PyObject *
 binding_oserror_name(int status, PyObject *filename)
 {
-    if (status == -ENOMEM)
-        return PyErr_NoMemory();
     errno = -status;
     return filename
                ? PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, filename)
@@ -23,7 +21,8 @@ binding_oserror_name(int status, PyObject *filename)
 PyObject *
 binding_oserror(int status)
 {
-    return binding_oserror_name(status, NULL);
+    return status == -ENOMEM ? PyErr_NoMemory()
+                             : binding_oserror_name(status, NULL);
 }
 
 void
@@ -214,8 +213,17 @@ module_exec(PyObject *module)
 {
     struct binding_state *state = PyModule_GetState(module);
 
+    state->on_entered = PyUnicode_InternFromString("_on_entered");
+    state->on_reports = PyUnicode_InternFromString("_on_reports");
+    state->children = PyUnicode_InternFromString("children");
+    state->acquire = PyUnicode_InternFromString("acquire");
+    state->release = PyUnicode_InternFromString("release");
+    if (!state->on_entered || !state->on_reports || !state->children ||
+        !state->acquire || !state->release)
+        return -1;
     if (add_type(module, &binding_channel_spec, &state->channel_type) < 0 ||
-        add_type(module, &binding_link_spec, &state->link_type) < 0)
+        add_type(module, &binding_link_spec, &state->link_type) < 0 ||
+        add_type(module, &binding_poller_spec, &state->poller_type) < 0)
         return -1;
     state->mapping_type = (PyTypeObject *)PyType_FromModuleAndSpec(
         module, &binding_mapping_spec, NULL);
@@ -231,6 +239,7 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
 
     Py_VISIT(state->channel_type);
     Py_VISIT(state->link_type);
+    Py_VISIT(state->poller_type);
     Py_VISIT(state->mapping_type);
     return 0;
 }
@@ -242,7 +251,13 @@ module_clear(PyObject *module)
 
     Py_CLEAR(state->channel_type);
     Py_CLEAR(state->link_type);
+    Py_CLEAR(state->poller_type);
     Py_CLEAR(state->mapping_type);
+    Py_CLEAR(state->on_entered);
+    Py_CLEAR(state->on_reports);
+    Py_CLEAR(state->children);
+    Py_CLEAR(state->acquire);
+    Py_CLEAR(state->release);
     return 0;
 }
 

@@ -8,6 +8,7 @@
 #include "binding.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -283,9 +284,14 @@ op_fork(void *self)
 
     PyEval_RestoreThread(p->thread);
     prepare_memory(p);
+    if (binding_memory_no_text())
+        p->server.trial_function = NULL;
     /* Between two forks of an idle template no Python runs. */
-    if (p->dirty)
+    if (p->dirty) {
         before_fork(p);
+        if (p->server.image)
+            afork_image_clear(p->server.image);
+    }
     pid = fork_python(&p->server);
     if (pid == 0)
         binding_memory_forked();
@@ -335,12 +341,22 @@ close_socket(struct py_server *p)
 static void
 end(struct py_server *p)
 {
-    if (!binding_ends_plainly(p->count_exit_handlers, p->name_threading))
-        return;
+    int plainly =
+        binding_ends_plainly(p->count_exit_handlers, p->name_threading);
+
     /* Who reads the end of file may rely on what was written before it. */
-    binding_stdio_flush(&p->stdio, p->name_flush);
-    close_socket(p);
-    _exit(0);
+    if (plainly) {
+        binding_stdio_flush(&p->stdio, p->name_flush);
+        close_socket(p);
+    }
+    if (p->server.trial)
+        afork_image_note(p->server.trial);
+    if (plainly) {
+        /* Taking down the memory takes as long as a start: who has just been
+         * told goes first, should it be waiting for this CPU. */
+        sched_yield();
+        _exit(0);
+    }
 }
 
 static void
@@ -399,6 +415,7 @@ binding_serve(PyObject *module, PyObject *args)
     afork_server_init_take(&p->server, fd, plain, &ops, p);
     p->handler = Py_NewRef(handler);
     p->dirty = 1;
+    p->server.trial_function = "afork._child.trial";
     p->sock = take_attribute(handler, "blank");
     p->close = take_attribute(handler, "close");
     p->count_exit_handlers =
@@ -443,13 +460,20 @@ binding_fork(PyObject *module, PyObject *unused)
     (void)module;
     (void)unused;
     pid = fork_python(NULL);
-    return pid < 0 ? binding_oserror((int)pid) : PyLong_FromLong(pid);
+    return pid < 0 ? binding_oserror_name((int)pid, NULL)
+                   : PyLong_FromLong(pid);
 }
 
 PyObject *
 binding_worker_socket(void)
 {
     return current ? current->sock : NULL;
+}
+
+const struct afork_server *
+binding_current_server(void)
+{
+    return current ? &current->server : NULL;
 }
 
 struct afork_server *

@@ -1,4 +1,4 @@
-/* Frames out of a control socket, never a byte further than the frame. */
+/* Frames out of a control socket, never a byte further than they go. */
 #include "reader.h"
 
 #include <errno.h>
@@ -17,7 +17,7 @@ void
 afork_reader_init(struct afork_reader *r, enum afork_direction direction)
 {
     memset(r, 0, sizeof *r);
-    r->head_fd = AFORK_NOFD;
+    r->head_fd = r->early_fd = AFORK_NOFD;
     r->direction = direction;
     r->frame_max = AFORK_FRAME_MAX;
 }
@@ -33,7 +33,9 @@ void
 afork_reader_reset(struct afork_reader *r)
 {
     afork_fd_close(&r->head_fd);
+    afork_fd_close(&r->early_fd);
     r->head_got = r->payload_got = 0;
+    r->early_at = r->early_end = 0;
 }
 
 void
@@ -41,13 +43,32 @@ afork_reader_free(struct afork_reader *r)
 {
     afork_reader_reset(r);
     free(r->payload);
-    r->payload = NULL;
-    r->payload_cap = 0;
+    free(r->early);
+    r->payload = r->early = NULL;
+    r->payload_cap = r->ahead = 0;
+}
+
+void
+afork_reader_ahead(struct afork_reader *r, uint32_t bytes, int once)
+{
+    uint8_t *p = afork_reader_has_early(r) ? NULL : realloc(r->early, bytes);
+
+    if (!p)
+        return;
+    r->early = p;
+    r->ahead = bytes;
+    r->ahead_once = once;
+}
+
+int
+afork_reader_has_early(const struct afork_reader *r)
+{
+    return r->early_at < r->early_end;
 }
 
 /* Bytes, and the descriptor that rides on them: > 0, 0 to wait, or an error. */
 static int
-recv_some(int sock, uint8_t *at, uint32_t want, int *ret_fd)
+recv_exact(int sock, uint8_t *at, uint32_t want, int *ret_fd)
 {
     ssize_t n = afork_fdpass_recv(sock, at, want, ret_fd);
 
@@ -58,11 +79,74 @@ recv_some(int sock, uint8_t *at, uint32_t want, int *ret_fd)
     return (int)n;
 }
 
+/* Gives a descriptor that was read ahead to the frame whose head has begun:
+ * whether it is one that carries any, and has none yet. */
+static int
+place_early_fd(struct afork_reader *r)
+{
+    if (!r->head_got || r->head_fd != AFORK_NOFD ||
+        afork_wire_carry(r->direction, r->head[0]) != AFORK_CARRY_FIRST)
+        return 0;
+    r->head_fd = r->early_fd;
+    r->early_fd = AFORK_NOFD;
+    return 1;
+}
+
+/*
+ * The kernel stops behind the send that a descriptor came with.  So there is
+ * at most one, and only one of the frames that begin in these bytes can be
+ * its own; if none of them was, it did not belong there.
+ */
+static int
+recv_early(struct afork_reader *r, int sock)
+{
+    int fd = AFORK_NOFD, n = recv_exact(sock, r->early, r->ahead, &fd);
+    int in_head = r->head_got < AFORK_HEAD_SIZE;
+
+    if (n <= 0)
+        return n;
+    if (r->early_fd != AFORK_NOFD && !(in_head && place_early_fd(r))) {
+        afork_fd_close(&fd);
+        return -EPROTO;
+    }
+    r->early_fd = fd;
+    r->early_at = 0;
+    r->early_end = (uint32_t)n;
+    if (r->ahead_once)
+        r->ahead = 0;
+    return n;
+}
+
+/* The same as recv_exact, from what was read ahead if there is any.  A
+ * descriptor that came with that waits in early_fd. */
+static int
+recv_some(struct afork_reader *r, int sock, uint8_t *at, uint32_t want,
+          int *ret_fd)
+{
+    uint32_t have;
+
+    if (!afork_reader_has_early(r)) {
+        int n;
+
+        if (want >= r->ahead)
+            return recv_exact(sock, at, want, ret_fd);
+        n = recv_early(r, sock);
+        if (n <= 0)
+            return n;
+    }
+    have = r->early_end - r->early_at;
+    if (want > have)
+        want = have;
+    memcpy(at, r->early + r->early_at, want);
+    r->early_at += want;
+    return (int)want;
+}
+
 /* Bytes that may carry no descriptor. */
 static int
-recv_plain(int sock, uint8_t *at, uint32_t want)
+recv_plain(struct afork_reader *r, int sock, uint8_t *at, uint32_t want)
 {
-    int fd = AFORK_NOFD, n = recv_some(sock, at, want, &fd);
+    int fd = AFORK_NOFD, n = recv_some(r, sock, at, want, &fd);
 
     if (n > 0 && fd != AFORK_NOFD) {
         afork_fd_close(&fd);
@@ -81,7 +165,7 @@ recv_head(struct afork_reader *r, int sock)
 {
     while (r->head_got < AFORK_HEAD_SIZE) {
         int fd = AFORK_NOFD;
-        int n = recv_some(sock, r->head + r->head_got,
+        int n = recv_some(r, sock, r->head + r->head_got,
                           AFORK_HEAD_SIZE - r->head_got, &fd);
 
         if (n <= 0)
@@ -105,10 +189,10 @@ recv_head(struct afork_reader *r, int sock)
 }
 
 static int
-recv_fd(int sock, int *ret_fd)
+recv_fd(struct afork_reader *r, int sock, int *ret_fd)
 {
     uint8_t byte = 0;
-    int fd = AFORK_NOFD, n = recv_some(sock, &byte, 1, &fd);
+    int fd = AFORK_NOFD, n = recv_some(r, sock, &byte, 1, &fd);
 
     if (n > 0 && (byte != 0 || fd == AFORK_NOFD)) {
         afork_fd_close(&fd);
@@ -152,6 +236,8 @@ afork_reader_next(struct afork_reader *r, int sock,
     if (n <= 0)
         return n;
     carry = afork_wire_carry(r->direction, r->head[0]);
+    if (r->early_fd != AFORK_NOFD)
+        place_early_fd(r);
     if ((carry == AFORK_CARRY_FIRST) != (r->head_fd != AFORK_NOFD)) {
         afork_fd_close(&r->head_fd);
         return -EPROTO;
@@ -166,13 +252,13 @@ afork_reader_next(struct afork_reader *r, int sock,
         if (n < 0)
             return n;
         room = (r->payload_cap < len ? r->payload_cap : len) - r->payload_got;
-        n = recv_plain(sock, r->payload + r->payload_got, room);
+        n = recv_plain(r, sock, r->payload + r->payload_got, room);
         if (n <= 0)
             return n;
         r->payload_got += (uint32_t)n;
     }
     if (carry == AFORK_CARRY_BEHIND) {
-        n = recv_fd(sock, &fd);
+        n = recv_fd(r, sock, &fd);
         if (n <= 0)
             return n;
     } else if (carry == AFORK_CARRY_FIRST) {
@@ -181,6 +267,10 @@ afork_reader_next(struct afork_reader *r, int sock,
     }
 
     r->head_got = 0;
+    if (r->early_fd != AFORK_NOFD && !afork_reader_has_early(r)) {
+        afork_fd_close(&fd);
+        return -EPROTO; /* the other one came with bytes that carry none */
+    }
     *ret_frame = (struct afork_frame){
         .letter = r->head[0],
         .len = len,

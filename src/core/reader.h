@@ -1,10 +1,11 @@
 /*
- * Frames out of a control socket, never a byte further than the frame.
+ * Frames out of a control socket, never a byte further than they go.
  *
  * What follows an 'r' frame or a running report belongs to the user of the
  * socket, and a forked process must find what follows the 'f' frame unread in
  * the kernel.  So header, payload and descriptor byte are each asked for by
- * their exact length.
+ * their exact length, unless the caller knows how many bytes are surely frames
+ * (afork_reader_ahead).
  */
 #ifndef AFORK_READER_H
 #define AFORK_READER_H
@@ -21,6 +22,11 @@ struct afork_reader {
     uint8_t *
         payload; /* grows with what has arrived, not with what was announced */
     uint32_t payload_got, payload_cap;
+    uint8_t *early; /* what was read ahead: early_at .. early_end */
+    uint32_t early_at, early_end;
+    int early_fd;   /* owned: rides on a frame that begins in there */
+    uint32_t ahead; /* bytes to ask for at once, 0 for exact reads */
+    int ahead_once;
 };
 
 struct afork_frame {
@@ -37,6 +43,15 @@ void afork_reader_prepare(struct afork_reader *r);
 /* Forgets a half-read frame, but keeps the memory. */
 void afork_reader_reset(struct afork_reader *r);
 void afork_reader_free(struct afork_reader *r);
+
+/*
+ * From here on asks for so many bytes at once, or does so the next time only.
+ * They must be frames, whose descriptors ride on their first bytes.  To be
+ * called once; without memory everything stays as it is.
+ */
+void afork_reader_ahead(struct afork_reader *r, uint32_t bytes, int once);
+/* Whether something was read ahead that no frame was made of yet. */
+int afork_reader_has_early(const struct afork_reader *r);
 
 /*
  * The next frame without waiting: 1 and *ret_frame, 0 if it is not complete

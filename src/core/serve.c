@@ -61,6 +61,8 @@ afork_server_free(struct afork_server *s)
     afork_outq_free(&s->out);
     afork_args_free(&s->args);
     afork_children_free(&s->children);
+    free(s->image);
+    s->image = NULL;
     free(s->failure.payload);
     s->failure.payload = NULL;
 }
@@ -97,6 +99,7 @@ child_exited(void *arg, const struct afork_child *child, int status,
     struct afork_child one = *child;
 
     afork_spares_exited(s, &one);
+    afork_server_tried(s, one.pid, status);
     if (one.id)
         afork_report_exited(s, &one, status, usage);
 }

@@ -7,6 +7,7 @@
 #include "args.h"
 #include "base.h"
 #include "children.h"
+#include "image.h"
 #include "outq.h"
 #include "reader.h"
 #include "signals.h"
@@ -73,6 +74,14 @@ struct afork_server {
     int pidfd;       /* owned: our own, opened in advance, or AFORK_NOFD */
     uint64_t starts; /* processes that were asked for */
     struct afork_signals signals;
+    /* Which text the workers use, see image.h. */
+    const char *trial_function; /* run in the trial; NULL: there is none */
+    int tried;                  /* or given up */
+    pid_t trial_pid;
+    struct afork_image *trial; /* shared, while there is one */
+    struct afork_image *image; /* owned: arranged like that, or NULL */
+    size_t image_pages;
+    int image_error;              /* why it is not: an errno */
     struct afork_failure failure; /* once set, no command is executed */
     int started;                  /* the started report has been queued */
     int mute;                     /* the application reads no more */

@@ -58,11 +58,22 @@ fork_server(struct afork_server *s, uint64_t id)
         s->started = 0;
         s->starts = 0;
         s->mute = 0;
+        if (s->trial) { /* it is our parent's */
+            s->trial = NULL;
+            s->trial_pid = 0;
+            s->tried = 0;
+        }
     }
     afork_signals_restore(&old);
     if (pid > 0)
         afork_children_add(&s->children, pid, id);
     return pid;
+}
+
+pid_t
+afork_server_fork_plain(struct afork_server *s)
+{
+    return fork_server(s, 0);
 }
 
 /* One fork on behalf of the new socket; in the child 1. */
@@ -161,7 +172,7 @@ fork_for_take(struct afork_server *s, int sock, uint64_t id)
         return 1;
     /* Also here: a template that is never idle must not collect zombies. */
     afork_server_reap(s);
-    return 0;
+    return afork_server_try(s);
 }
 
 int

@@ -40,6 +40,15 @@ int afork_server_fork_spare_take(struct afork_server *s, int link,
  * to answer.  1 in a process that had to be forked for that. */
 int afork_server_settle(struct afork_server *s);
 
+/* A fork that nobody has asked for: as fork(2), a server without a socket. */
+pid_t afork_server_fork_plain(struct afork_server *s);
+
+/* Finds out which text workers use, once and if it is time: 1 in a process
+ * made for that. */
+int afork_server_try(struct afork_server *s);
+/* A child has exited: if it was the trial's, the template is arranged. */
+void afork_server_tried(struct afork_server *s, pid_t pid, int status);
+
 /* EXEC: returns only if the program could not be executed. */
 int afork_server_exec(struct afork_server *s, const struct afork_frame *frame);
 /* SPAWN. */

@@ -223,6 +223,94 @@ def test_nothing_is_read_behind_the_frame(ffi, lib, files):
         assert r.theirs.recv(100) == b"users bytes"
 
 
+@st.composite
+def reports(draw):
+    """Reports as they are sent: (bytes, whether a descriptor is on the first)."""
+    sends = []
+    for _ in range(draw(st.integers(0, 8))):
+        letter = bytes([draw(st.sampled_from(b"pepcxds"))])
+        data = draw(st.binary(max_size=20))
+        sends.append((frame(letter, data), letter in b"pcs"))
+    return sends
+
+
+@given(
+    sends=reports(),
+    ahead=st.integers(1, 64),
+    once=st.booleans(),
+    pauses=st.sets(st.integers(0, 8)),
+)
+@settings(max_examples=500, deadline=None, database=None, print_blob=True)
+def test_reading_ahead_finds_the_same_frames(
+    ffi, lib, files, sends, ahead, once, pauses
+):
+    before = open_fds()
+    with Reading(ffi, lib, lib.AFORK_TO_APPLICATION) as reading:
+        lib.afork_reader_ahead(reading.reader, ahead, once)
+        found = []
+        for number, (data, carries) in enumerate(sends):
+            reading.send(data, *files[:carries])
+            if number in pauses:
+                frames, error = reading.take()
+                assert not error
+                assert not lib.afork_reader_has_early(reading.reader)
+                found += frames
+        frames, error = reading.take()
+        assert not error
+        found += frames
+        assert [(frame(bytes([x]), y), fd >= 0) for x, y, fd in found] == sends
+        for _, _, fd in found:
+            if fd >= 0:
+                assert os.path.sameopenfile(fd, files[0])
+                os.close(fd)
+    assert open_fds() == before
+
+
+def test_reading_ahead_once_stops_where_it_was_told(ffi, lib, files):
+    with Reading(ffi, lib, lib.AFORK_TO_APPLICATION) as reading:
+        lib.afork_reader_ahead(reading.reader, 14, 1)
+        reading.send(frame(b"p", b"pidx") + frame(b"r", b"") + b"user", files[0])
+        assert reading.next() == 1
+        os.close(reading.out.fd)
+        assert lib.afork_reader_has_early(reading.reader)
+        assert reading.next() == 1
+        assert reading.out.letter == ord("r")
+        assert not lib.afork_reader_has_early(reading.reader)
+        assert reading.theirs.recv(10) == b"user"
+        # Exactly from here on.
+        reading.send(frame(b"d", b"t") + b"more")
+        assert reading.next() == 1
+        assert reading.theirs.recv(10) == b"more"
+
+
+@pytest.mark.parametrize(
+    "sends",
+    [
+        [(b"d\0\0\0\0", 1)],  # on a frame that carries none
+        [(b"d\0\0\0\0e\0\0\0\0", 1)],
+        [(b"d\4\0\0\0ab", 0), (b"cd", 1)],  # on a payload
+        [(b"p\0\0\0\0p\0\0\0\0", 1)],  # one for two
+        [(b"p\0\0\0\0", 0)],  # none
+        [(b"p\0\0\0\0", 2)],
+        [(b"p\0\0", 1), (b"\0\0", 1)],
+    ],
+)
+@pytest.mark.parametrize("ahead", [7, 64])
+def test_wrong_descriptors_ahead(ffi, lib, files, sends, ahead):
+    before = open_fds()
+    with Reading(ffi, lib, lib.AFORK_TO_APPLICATION) as reading:
+        lib.afork_reader_ahead(reading.reader, ahead, 0)
+        error = ""
+        for data, count in sends:
+            reading.send(data, *files[:count])
+            frames, error = reading.take()
+            for _, _, fd in frames:
+                if fd >= 0:
+                    os.close(fd)
+        assert error == "EPROTO"
+    assert open_fds() == before
+
+
 def test_cap(ffi, lib):
     with Reading(ffi, lib, frame_max=4) as r:
         r.ours.sendall(frame(b"e", b"1234") + frame(b"e", b"12345"))

@@ -83,6 +83,8 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     afork_reader_init(&r, *data & 1 ? AFORK_TO_PROCESS : AFORK_TO_APPLICATION);
     if (*data & 2)
         r.frame_max = 64;
+    if (r.direction == AFORK_TO_APPLICATION)
+        afork_reader_ahead(&r, (*data >> 3) + 1, *data & 4);
     data++;
     while (open && end - data > 2) {
         int how = data[0];

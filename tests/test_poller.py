@@ -1,0 +1,251 @@
+"""What an application does with an event: Poller, and Channel.deliver."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+import threading
+
+import pytest
+
+from afork import _afork
+from afork._reports import EXITED, STARTED
+
+RUNNING = b"r\0\0\0\0"
+
+
+class Told:
+    """In the place of a process: what it was told."""
+
+    def __init__(self):
+        self.children = {}
+        self.calls = []
+
+    def _on_entered(self, pid, pidfd):
+        self.calls.append(("entered", pid, pidfd))
+
+    def _on_reports(self, reports):
+        self.calls.append(reports)
+
+    def _on_event(self, events):
+        self.calls.append(("event", events))
+
+
+def frame(letter: bytes, payload: bytes = b"") -> bytes:
+    return letter + len(payload).to_bytes(4, "little") + payload
+
+
+def exited(id: int) -> bytes:
+    return frame(b"x", EXITED.pack(id, 7, 0, *range(18)))
+
+
+STARTED_7 = frame(b"p", STARTED.pack(7))
+BARE_7 = frame(b"n", STARTED.pack(7))
+
+
+@pytest.fixture
+def ends():
+    """A template's channel and one forked from it, each with its other end."""
+    with contextlib.ExitStack() as stack:
+        ours, template = socket.socketpair()
+        stack.enter_context(template)
+        parent = _afork.Channel(ours.detach())
+        stack.callback(parent.close)
+        child = parent.fork(1)
+        stack.callback(child.close)
+        assert parent.flush()
+        data, control, _, _ = template.recvmsg(100, 100)
+        assert data[:1] == b"F"
+        process = socket.socket(fileno=array.array("i", control[0][2])[0])
+        stack.enter_context(process)
+        yield parent, template, child, process
+
+
+@pytest.fixture
+def poller():
+    made = _afork.Poller()
+    yield made
+    made.close()
+
+
+def send(sock, data, fd=None):
+    with open(os.devnull) as file:
+        socket.send_fds(sock, [data], [file.fileno()] if fd else [])
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_started_and_running_are_one_call(ends, at_once):
+    _, _, child, process = ends
+    told = Told()
+    if at_once:
+        send(process, STARTED_7 + RUNNING + b"user", fd=True)
+    else:
+        send(process, STARTED_7, fd=True)
+        send(process, RUNNING)
+        send(process, b"user")
+    child.deliver(told)
+    ((what, pid, pidfd),) = told.calls
+    os.close(pidfd)
+    assert (what, pid) == ("entered", 7)
+    with socket.socket(fileno=child.detach()) as sock:
+        assert sock.recv(10) == b"user"
+
+
+def test_started_without_a_descriptor(ends):
+    _, _, child, process = ends
+    told = Told()
+    send(process, BARE_7 + RUNNING)
+    child.deliver(told)
+    assert told.calls == [("entered", 7, -1)]
+
+
+def test_one_after_the_other_are_lists(ends):
+    _, _, child, process = ends
+    told = Told()
+    send(process, BARE_7)
+    child.deliver(told)
+    send(process, RUNNING + b"user")
+    child.deliver(told)
+    assert told.calls == [
+        [(ord("n"), STARTED.pack(7), -1)],
+        [(ord("r"), b"", -1)],
+    ]
+    with socket.socket(fileno=child.detach()) as sock:
+        assert sock.recv(10) == b"user"
+
+
+def test_end_of_file_is_told_with_what_came_before(ends):
+    _, _, child, process = ends
+    told = Told()
+    send(process, BARE_7 + frame(b"d", b"12345678"))
+    process.close()
+    child.deliver(told)
+    child.deliver(told)
+    assert told.calls == [
+        [(ord("n"), STARTED.pack(7), -1), (ord("d"), b"12345678", -1)],
+        [],
+    ]
+    assert child.eof
+
+
+def test_running_before_anything_else_is_refused(ends):
+    _, _, child, process = ends
+    told = Told()
+    send(process, RUNNING + b"user bytes")
+    child.deliver(told)
+    ((letter, _, status),) = told.calls[0]
+    assert letter == 0
+    assert status < 0
+    assert child.eof
+
+
+def test_ends_of_children_that_nobody_has_are_left_out(ends):
+    parent, template, _, _ = ends
+    told = Told()
+    told.children[5] = object()
+    for id in (4, 5, 6):
+        send(template, exited(id))
+    send(template, frame(b"d", b"12345678"))
+    parent.deliver(told)
+    assert [(letter, data[:1]) for letter, data, _ in told.calls[0]] == [
+        (ord("x"), b"\5"),
+        (ord("d"), b"1"),
+    ]
+    # More than are read ahead, and than one call takes.
+    send(template, exited(4) * 300 + exited(5))
+    for _ in range(10):
+        parent.deliver(told)
+    assert sum(len(reports) for reports in told.calls[1:]) == 1
+
+
+def test_events_reach_their_callbacks(poller):
+    a, b = socket.socketpair()
+    with a, b:
+        calls = []
+        poller.watch(a.fileno(), calls.append)
+        poller.drain()
+        assert calls == []
+        b.send(b"x")
+        poller.drain()
+        poller.drain()  # it is still there
+        assert calls == [1, 1]
+        poller.change(a.fileno(), 4)
+        poller.drain()
+        assert calls == [1, 1, 4]
+        poller.unwatch(a.fileno())
+        poller.unwatch(a.fileno())  # it is no error
+        poller.unwatch(-1)
+        poller.unwatch(1 << 20)
+        poller.drain()
+        assert calls == [1, 1, 4]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        poller.watch(-1, print)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        poller.watch(1 << 20, print)
+    assert poller.owners() == []
+
+
+def test_process_and_channel(poller, ends):
+    _, _, child, process = ends
+    told = Told()
+    poller.watch_process(child, told)
+    assert poller.owners() == [told]
+    poller.change(child.fileno(), 1 | 4)
+    poller.drain()
+    assert told.calls.pop() == ("event", 4)
+    poller.change(child.fileno(), 1)
+    send(process, BARE_7)
+    poller.drain()
+    assert told.calls == [[(ord("n"), STARTED.pack(7), -1)]]
+    poller.unwatch(child.fileno())
+    for wrong in [(), (child,), (told, child), (child, told, told)]:
+        with pytest.raises(TypeError):
+            poller.watch_process(*wrong)
+
+
+def test_an_exception_is_the_loops_and_the_lock_is_free(poller):
+    a, b = socket.socketpair()
+    with a, b:
+        b.send(b"x")
+        poller.watch(a.fileno(), lambda events: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            poller.drain()
+        free = []
+        thread = threading.Thread(
+            target=lambda: free.append(poller.lock.acquire(False))
+        )
+        thread.start()
+        thread.join(10)
+        assert free == [True]
+
+
+def test_what_an_earlier_event_closes_is_not_called(poller):
+    pairs = [socket.socketpair() for _ in range(5)]
+    calls = []
+
+    def close_all(events):
+        """The first one closes all, and their numbers are taken anew."""
+        calls.append(events)
+        for a, b in pairs:
+            poller.unwatch(a.fileno())
+            a.close()
+            b.close()
+        for a, b in [socket.socketpair() for _ in pairs]:
+            again.extend((a, b))
+            b.send(b"x")
+            poller.watch(a.fileno(), later.append)
+
+    again: list[socket.socket] = []
+    later: list[int] = []
+    for a, b in pairs:
+        b.send(b"x")
+        poller.watch(a.fileno(), close_all)
+    poller.drain()
+    assert calls == [1]
+    assert later == []
+    poller.drain()
+    assert later == [1] * 5
+    for sock in again:
+        sock.close()

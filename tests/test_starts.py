@@ -1,0 +1,136 @@
+"""What becomes of a start that nobody has a hold on any more, and quiet templates."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+
+import pytest
+
+import afork
+
+from .conftest import read_all
+
+
+async def until(happened):
+    async with asyncio.timeout(10):
+        while not happened():
+            await asyncio.sleep(0.005)
+
+
+def test_a_template_forgets_workers_that_nobody_can_ask_about(arun):
+    async def main():
+        template = afork.Fork.new().eval("def wait(sock): sock.recv(1)")
+        await template.ready()
+        kept = template.fork()
+        sock = await kept.run("wait")
+        children = template._process.children
+        for _ in range(100):  # many times what may wait to be read
+            assert await read_all(await template.fork().run("builtins.id")) == b""
+            assert len(children) <= 2
+        assert list(children.values()) == [kept._process]
+        sock.close()
+        assert await kept.wait() == 0
+        # Configured and forgotten: the same, as soon as it runs.
+        template.fork().run("builtins.id")
+        await until(lambda: not children)
+        # And the other way round: first it runs, then it is dropped.
+        f = template.fork()
+        (await f.run("builtins.id")).close()
+        del f
+        assert not children
+
+    arun(main)
+
+
+def test_one_that_is_waited_for_is_not_forgotten(arun):
+    async def main():
+        template = afork.Fork.new()
+        await template.ready()
+        f = template.fork()
+        waiting = asyncio.ensure_future(f.wait())
+        await asyncio.sleep(0)
+        sock = await f.run("builtins.id")
+        del f
+        assert await read_all(sock) == b""
+        assert await waiting == 0
+
+    arun(main)
+
+
+def test_cancelled_between_running_and_taking(arun):
+    """The await is cancelled when the function runs, and its Fork is dropped."""
+
+    async def main():
+        template = afork.Fork.new().eval(
+            "import signal\ndef wait(sock, fd):\n    signal.pause()"
+        )
+        await template.ready()
+        r, w = os.pipe()
+        f = template.fork().send_fh(w)
+        os.close(w)
+        process = f._process
+        run = asyncio.ensure_future(f.run("wait"))
+        del f
+        await asyncio.sleep(0)
+
+        def running():
+            process.poll()
+            return process.running
+
+        while not running():  # without the loop: the task must not get further
+            pass
+        assert process.dropped
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+        gc.collect()
+        assert await asyncio.to_thread(os.read, r, 1) == b""  # it was killed
+        os.close(r)
+
+    arun(main)
+
+
+def test_what_a_quiet_template_knows_is_asked_for(arun):
+    async def main():
+        template = afork.Fork.new()
+        await template.ready()
+        forks = [template.fork() for _ in range(3)]
+        assert template._process.quiet
+        for f in forks:
+            assert await read_all(await f.run("builtins.id")) == b""
+        await until(lambda: forks[0].returncode == 0)
+        await until(lambda: forks[1].rusage is not None)
+        await until(lambda: "exited 0" in repr(forks[2]))
+        with pytest.raises(ProcessLookupError):
+            forks[0].send_signal(signal.SIGTERM)
+
+    arun(main)
+
+
+def test_the_end_of_a_quiet_template_is_noticed(arun):
+    async def main():
+        template = afork.Fork.new()
+        await template.ready()
+        f = template.fork()
+        await f.ready()
+        template.kill()
+        assert await template.wait() == -signal.SIGKILL
+        with pytest.raises((afork.TemplateError, afork.WorkerLost)):
+            await f.run("builtins.id")
+
+    arun(main)
+
+
+def test_an_error_of_a_quiet_template_is_logged(arun, caplog):
+    async def main():
+        template = afork.Fork.new()
+        await template.ready()
+        await template.fork().ready()
+        template.eval("1/0")
+        del template
+        await until(lambda: "ZeroDivisionError" in caplog.text)
+
+    arun(main)
