@@ -15,15 +15,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import json
 import os
 import resource
 import socket
 import statistics
-import sys
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
+
+import record
+import table
+import targets
 
 import afork
 
@@ -178,6 +181,39 @@ SCENARIOS: dict[str, Callable[[Any], Awaitable[dict[str, float]]]] = {
 }
 
 
+#: What each is called in the record.
+LABELS = {
+    "latency": "request to first byte: cold, from a spare",
+    "many": "fork_many and its runs",
+    "alive": "a start while workers sleep",
+}
+
+
+def column(name: str) -> str:
+    """``cold us`` as ``cold_us``."""
+    return name.replace(" / ", "_over_").translate(str.maketrans(" -+", "___"))
+
+
+def aims(rounds: dict[str, list[dict[str, float]]]) -> list[targets.Row]:
+    """Issue 5, "How fast", as far as it is measured here."""
+
+    def found(scenario: str, name: str) -> list[float]:
+        return [row[name] for row in rounds.get(scenario, [])]
+
+    ping, cold = found("latency", "spare / ping-pong"), found("latency", "cold / spare")
+    stall, cpu = (
+        found("many", "stall / bare pairs"),
+        found("many", "app CPU us per start"),
+    )
+    return [
+        targets.at_most("spare / ping-pong, p50", 3, ping, "x"),
+        targets.at_least("cold / spare, p50", 5, cold),
+        targets.at_most("fork_many(1000), stall / bare pairs", 1.5, stall, "x"),
+        targets.at_most("application's CPU per start", 50, cpu, " us"),
+        targets.at_most("5,000 alive / none, p50", 1.5, found("alive", "ratio"), "x"),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("scenarios", nargs="*", default=[*SCENARIOS])
@@ -186,7 +222,7 @@ def main() -> None:
     parser.add_argument("--gap", type=float, default=0.004, help="seconds between")
     parser.add_argument("--many", type=int, default=1000)
     parser.add_argument("--alive", type=int, default=5000)
-    parser.add_argument("--json", help="write all rounds to this file")
+    parser.add_argument("--json", type=Path, default=record.path("spares"))
     args = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     wanted = 3 * max(args.many, args.alive) + 1000
@@ -194,21 +230,24 @@ def main() -> None:
         wanted = min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
+    about = record.about(rounds=args.rounds, starts=args.starts, gap=args.gap)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in args.scenarios}
     for _ in range(args.rounds):
         for name in args.scenarios:
             gc.collect()
             rounds[name].append(asyncio.run(SCENARIOS[name](args)))
+    summary: dict[str, dict[str, Any]] = {}
     for name, found in rounds.items():
         print(f"\n{name}: median of {len(found)} rounds")
+        summary[name] = {"label": LABELS[name]}
         for key in found[0]:
             values = [row[key] for row in found]
             low, high = min(values), max(values)
-            mid = statistics.median(values)
+            mid = summary[name][column(key)] = statistics.median(values)
             print(f"  {key:24} {mid:10.2f}   ({low:.2f} .. {high:.2f})")
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"python": sys.version, "rounds": rounds}, file, indent=1)
+    reached = aims(rounds)
+    print("\n" + "\n".join(table.target_lines(reached)))
+    record.write(args.json, record.document(about, summary, reached, rounds))
 
 
 if __name__ == "__main__":
