@@ -237,4 +237,4 @@ def entries() -> list[Entry]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("scale", (__doc__ or "").splitlines()[0], entries(), aims, 0.2, 3))
+    sys.exit(main("scale", (__doc__ or "").splitlines()[0], entries(), aims, 0.15, 3))
