@@ -280,6 +280,7 @@ def main() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     ballast = app.grow(args.mb)
+    time.sleep(args.mb * 2e-4)  # the machine is still busy with so much
     sample = asyncio.run(measure(args))
     del ballast  # alive until here
     os.write(1, json.dumps(sample).encode() + b"\n")

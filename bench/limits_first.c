@@ -108,6 +108,7 @@ touch(size_t mb)
     (void)madvise(memory, size, MADV_NOHUGEPAGE);
     for (size_t at = 0; at < size; at += FIRST_PAGE)
         memory[at] = 1;
+    pause_us((long)mb * 200); /* the machine is still busy with so much */
 }
 
 /* Fork a child that sends a byte and ends. */
@@ -289,31 +290,34 @@ pong_loop(const struct options *options, double begin)
     reap(pid);
 }
 
-/* The children share one socket, and wait at it until this process ends. */
+/* The children share two pipes: they say at one that they live, and wait at the
+ * other until this process ends.  At a single socket each byte would wake all.
+ */
 static void
 keep(size_t n, int tell)
 {
     char byte;
-    int pair[2];
+    int say[2], wait[2];
 
-    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0)
-        die("socketpair");
+    if (pipe(say) < 0 || pipe(wait) < 0)
+        die("pipe");
     for (size_t i = 0; i < n; i++) {
         pid_t pid = fork();
 
         if (pid < 0)
             die("fork");
         if (pid == 0) {
-            close(pair[0]);
-            if (write(pair[1], "x", 1) == 1)
-                (void)!read(pair[1], &byte, 1);
+            close(wait[1]);
+            if (write(say[1], "x", 1) == 1)
+                (void)!read(wait[0], &byte, 1);
             _exit(0);
         }
-        read_byte(pair[0]);
+        read_byte(say[0]);
         if (tell)
             printf("%d\n", (int)pid);
     }
-    close(pair[1]);
+    close(say[1]);
+    close(wait[0]);
     if (tell && puts("") >= 0 && fflush(stdout) == 0)
         (void)!read(0, &byte, 1);
 }

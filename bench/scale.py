@@ -160,7 +160,7 @@ def programs() -> list[Entry]:
         ("slow", "slow to load (Python)", slow),
     ):
         chosen = ["env", "AFORK_BENCH_PROGRAM=" + ":".join(program)]
-        for mb in (20, 1024):
+        for mb in (20, 1024) if name == "true" else (20,):
 
             def command(
                 function: str, mb: int = mb, chosen: list[str] = chosen
@@ -237,4 +237,4 @@ def entries() -> list[Entry]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("scale", (__doc__ or "").splitlines()[0], entries(), aims, 0.25, 3))
+    sys.exit(main("scale", (__doc__ or "").splitlines()[0], entries(), aims, 0.15, 3))
