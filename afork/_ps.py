@@ -7,6 +7,7 @@ is shown as a dash.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, field
 
 from ._stats import read_age, read_memory
@@ -105,7 +106,19 @@ def find() -> dict[int, Found]:
     return found
 
 
-def _table(rows: list[list[str]], heads: list[str]) -> None:
+def _table(rows: list[list[str]], heads: list[str]) -> int:
+    """Print it; the exit status. Whoever reads it may stop early (``| head``)."""
+    try:
+        _print_table(rows, heads)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Or the interpreter would complain when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _print_table(rows: list[list[str]], heads: list[str]) -> None:
     widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
     for row in (heads, *rows):
         cells = [
@@ -119,8 +132,7 @@ def ps() -> int:
     """A line for each process, oldest number first."""
     found = [p for p in find().values() if p.role != "application"]
     rows = [p.row() for p in sorted(found, key=lambda p: p.pid)]
-    _table(rows, [*_COLUMNS])
-    return 0
+    return _table(rows, [*_COLUMNS])
 
 
 def tree() -> int:
@@ -138,5 +150,4 @@ def tree() -> int:
     for process in sorted(found.values(), key=lambda p: p.pid):
         if process.ppid not in found:
             add(process, 0)
-    _table(rows, ["process", *_COLUMNS[3:]])
-    return 0
+    return _table(rows, ["process", *_COLUMNS[3:]])

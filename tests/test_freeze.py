@@ -127,6 +127,22 @@ def test_what_is_loaded_after_the_call_is_shared_as_well(arun):
     arun(main)
 
 
+def test_after_a_spare_was_made_it_is_an_error(arun):
+    """A spare is a fork that the user has not seen: the message names it."""
+
+    async def main():
+        template = await afork.Fork.new_exec().spares(1).ready()
+        async with asyncio.timeout(10):
+            while not (await template.stats())["spares"]["ready"]:
+                pass
+        template.freeze()
+        with pytest.raises(afork.RemoteError, match=r"before spares\(\)"):
+            await template.ready()
+        template.close()
+
+    arun(main)
+
+
 def test_after_the_first_fork_it_is_an_error(arun):
     async def main():
         template = afork.Fork.new_exec()
@@ -136,7 +152,9 @@ def test_after_the_first_fork_it_is_an_error(arun):
             with pytest.raises(afork.RemoteError) as info:
                 await f.ready()
             assert (info.value.stage, info.value.type) == ("set", "RuntimeError")
-            assert info.value.message == "freeze() must come before the first fork"
+            assert info.value.message.startswith(
+                "freeze() must come before the first fork"
+            )
         template.close()
 
     arun(main)

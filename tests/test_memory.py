@@ -51,6 +51,49 @@ def test_a_large_template_moves_into_huge_pages(arun, collapse):
     arun(main)
 
 
+#: In as many interpreters as possible at once: each with a GIL of its own.
+INTERPRETERS = """
+import threading
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+
+WORK = '''
+for _ in range(10):
+    data = [(i, str(i)) for i in range(100_000)]
+    assert all(a == int(b) for a, b in data)
+    del data
+'''
+
+def work():
+    interpreter = interpreters.create()
+    failed = interpreters.run_string(interpreter, WORK)
+    interpreters.destroy(interpreter)
+    if failed is None:
+        good.append(interpreter)
+
+good = []
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+exec(WORK)
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_interpreters_do_not_share_arenas(arun):
+    """Those with a GIL of their own would take the same ones at once."""
+
+    async def main():
+        template = afork.Fork.new_exec().eval(INTERPRETERS)
+        assert await ask(template.fork(), "len(good)") == 4
+        template.close()
+
+    arun(main)
+
+
 def test_forks_leave_the_huge_pages_whole(arun, collapse):
     """The loop writes nowhere in them: each write would split one for good."""
 

@@ -164,3 +164,21 @@ def test_command(arun, command):
         assert await f.wait() == 0
 
     arun(main)
+
+
+@pytest.mark.parametrize("command", ["ps", "tree"])
+def test_command_whose_reader_has_gone(command):
+    """As with ``| head -1``: no traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "afork", command],
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=20,
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -66,7 +66,9 @@ slab_new(size_t size)
         madvise(base, size, MADV_HUGEPAGE);
     slab->base = base;
     slab->units = size / UNIT;
-    own.slabs[own.n++] = slab;
+    own.slabs[own.n] = slab;
+    /* Other interpreters look for theirs here without our GIL. */
+    __atomic_store_n(&own.n, own.n + 1, __ATOMIC_RELEASE);
     return slab;
 }
 
@@ -100,6 +102,16 @@ slab_alloc(struct slab *slab, size_t n)
     return slab->base + at * UNIT;
 }
 
+/*
+ * An interpreter with a GIL of its own has its own arenas, too, and would take
+ * them out of the slabs while we do.
+ */
+static int
+is_ours(void)
+{
+    return PyInterpreterState_Get() == PyInterpreterState_Main();
+}
+
 static void *
 arena_alloc(void *ctx, size_t size)
 {
@@ -109,7 +121,7 @@ arena_alloc(void *ctx, size_t size)
 
     (void)ctx;
     /* Pieces of the interpreter's stack come here as well, and are small. */
-    if (own.closed || size % UNIT || !n || n > UNITS)
+    if (own.closed || size % UNIT || !n || n > UNITS || !is_ours())
         return own.theirs.alloc(own.theirs.ctx, size);
     for (size_t i = own.n; i-- > 0;)
         if ((arena = slab_alloc(own.slabs[i], n)))
@@ -122,7 +134,9 @@ arena_alloc(void *ctx, size_t size)
 static struct slab *
 slab_of(const char *at)
 {
-    for (size_t i = 0; i < own.n; i++) {
+    size_t slabs = __atomic_load_n(&own.n, __ATOMIC_ACQUIRE);
+
+    for (size_t i = 0; i < slabs; i++) {
         struct slab *slab = own.slabs[i];
 
         if (at >= slab->base && at < slab->base + slab->units * UNIT)

@@ -198,7 +198,8 @@ binding_memory_immortalise(PyObject *module, PyObject *args)
         return NULL;
     if (m.forked) {
         PyErr_SetString(PyExc_RuntimeError,
-                        "freeze() must come before the first fork");
+                        "freeze() must come before the first fork, and "
+                        "before spares(), which forks in advance");
         return NULL;
     }
     if (!m.no_immortal) {
