@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import signal
 import sys
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from .rpc._rpc import Rpc
 
 StrOrBytes: TypeAlias = "str | bytes"
+#: Of the kernel (include/linux/threads.h).
+PID_MAX_LIMIT = 1 << 22
 
 
 class Fork:
@@ -151,10 +154,14 @@ class Fork:
         Their sockets are made by this process and arrive one by one; what is
         configured meanwhile is queued. Without a running loop, configuring one
         waits for its socket.
+
+        Raises:
+            ValueError: n is negative, or more than Linux has process numbers.
         """
         process = self._open("fork_many")
-        if n < 0:
-            raise ValueError(f"n must not be negative: {n}")
+        n = operator.index(n)
+        if not 0 <= n <= PID_MAX_LIMIT:
+            raise ValueError(f"n must be 0 to {PID_MAX_LIMIT}: {n}")
         return [self._wrap(child) for child in fork_processes(process, n)]
 
     # -- configuring
@@ -336,6 +343,7 @@ class Fork:
         process, channel = self._channel("spares")
         if process.plain:
             raise AforkError("spares need a process in afork mode, this one is plain")
+        n = operator.index(n)
         if not 0 <= n <= _afork.SPARES_MAX:
             raise ValueError(f"spares must be 0 to {_afork.SPARES_MAX}: {n}")
         channel.frame(_afork.CMD_SPARES, n.to_bytes(4, sys.byteorder))

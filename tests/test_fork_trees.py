@@ -162,14 +162,17 @@ def test_fork_many(arun):
     arun(main)
 
 
-def test_fork_many_none_one_and_negative(arun):
+def test_fork_many_none_one_and_wrong_numbers(arun):
     async def main():
         f = afork.Fork.new()
         assert f.fork_many(0) == []
         (one,) = f.fork_many(1)
         assert await ask(one, "42") == 42
-        with pytest.raises(ValueError, match="n must not be negative: -1"):
-            f.fork_many(-1)
+        for n in (-1, 2**40):
+            with pytest.raises(ValueError, match=f"n must be 0 to 4194304: {n}"):
+                f.fork_many(n)
+        with pytest.raises(TypeError, match="float"):
+            f.fork_many(2.5)
         f.close()
 
     arun(main)

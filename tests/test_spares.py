@@ -251,6 +251,9 @@ def test_values(arun):
         for n in (-1, 65):
             with pytest.raises(ValueError, match="spares must be 0 to 64"):
                 f.spares(n)
+        for wrong in (2.5, None, "x"):
+            with pytest.raises(TypeError, match="integer"):
+                f.spares(wrong)
         assert f.spares(0) is f
         f.close()
         with pytest.raises(afork.ClosedError):
