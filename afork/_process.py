@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import struct
+from collections import deque
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -170,7 +171,12 @@ class Process(Mortal):
 
     def _on_reports(self, reports: list[_Report]) -> None:
         channel = self.channel
-        for letter, payload, fd in reports:
+        if self.reports is None:
+            self.reports = deque()
+        # What handles one of them may poll us: first what came first.
+        self.reports.extend(reports)
+        while self.reports:
+            letter, payload, fd = self.reports.popleft()
             if self.channel is channel:
                 self._on_report(letter, payload, fd)
             elif fd >= 0:
@@ -543,6 +549,10 @@ class Process(Mortal):
         if self.channel is not None:
             self.channel.close()
             self.channel = None
+        while self.reports:
+            fd = self.reports.popleft()[2]
+            if fd >= 0:
+                os.close(fd)
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -90,6 +91,8 @@ class State:
     quiet = False
     #: Children made since they were read last.
     unread = 0
+    #: Reports that were read and are not handled yet.
+    reports: deque[tuple[int, bytes, int]] | None = None
     _listeners = 0
     _expecting = False
     _losing = False

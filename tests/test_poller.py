@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import gc
 import os
 import socket
 import threading
@@ -249,3 +250,59 @@ def test_what_an_earlier_event_closes_is_not_called(poller):
     assert later == [1] * 5
     for sock in again:
         sock.close()
+
+
+@pytest.fixture
+def ahead():
+    """A channel that reads ahead, and its other end."""
+    ours, theirs = socket.socketpair()
+    channel = _afork.Channel(ours.detach())
+    child = channel.fork(1)
+    with theirs:
+        yield channel, theirs
+    child.close()
+    channel.close()
+
+
+def test_one_that_sends_on_and_on_is_left_in_between(ahead):
+    """Although half a frame is left of nearly every read."""
+    channel, theirs = ahead
+    theirs.setblocking(False)
+    n = 5000
+    sent = theirs.send(b"".join(frame(b"d", i.to_bytes(8, "little")) for i in range(n)))
+    n = sent // 13
+    assert n > 3000
+    got, first = [], len(found := channel.receive())
+    while found:
+        got += [int.from_bytes(payload, "little") for _, payload, _ in found]
+        found = channel.receive()
+    assert got == list(range(n))
+    assert first < 1500
+
+
+def test_garbage_that_receives_as_well(ahead):
+    """Up to 3.11 it may be collected while a report is made."""
+    channel, theirs = ahead
+    nested = []
+
+    class Garbage:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            nested.extend(channel.receive())
+
+    lengths = [8 if i % 2 else 4096 for i in range(40)]
+    for i, length in enumerate(lengths):
+        theirs.sendall(frame(b"d", i.to_bytes(8, "little") * (length // 8)))
+    before = gc.get_threshold()
+    Garbage()
+    gc.set_threshold(5, 1000, 1000)
+    try:
+        found = channel.receive()
+    finally:
+        gc.set_threshold(*before)
+    gc.collect()
+    found += nested
+    assert [int.from_bytes(p[:8], "little") for _, p, _ in found] == list(range(40))
+    assert [len(p) for _, p, _ in found] == lengths

@@ -6,10 +6,17 @@ import asyncio
 import gc
 import os
 import signal
+import socket
+import struct
+import subprocess
 
 import pytest
 
 import afork
+from afork import _afork
+from afork._hub import hub
+from afork._process import Process
+from afork._reports import EXITED
 
 from .conftest import read_all
 
@@ -132,5 +139,39 @@ def test_an_error_of_a_quiet_template_is_logged(arun, caplog):
         template.eval("1/0")
         del template
         await until(lambda: "ZeroDivisionError" in caplog.text)
+
+    arun(main)
+
+
+def test_reports_are_handled_in_their_order(arun):
+    """Although a report makes its process look for more."""
+
+    async def main():
+        hub().attach()
+        ours, theirs = socket.socketpair()
+        template = Process(_afork.Channel(ours.detach()))
+        template.watch()
+        template.pid = os.getpid()
+        template.quiet = template.forked = template.released = True
+        children = [Process(None, id, template) for id in (1, 2)]
+        for child in children:
+            child.names = ("x",) * 5
+            template.children[child.id] = child
+        children[0].signals = (signal.SIGTERM,)  # for when its number is known
+        with subprocess.Popen(["sleep", "60"]) as program:
+            pidfd = os.pidfd_open(program.pid)
+            spawned = b"s" + struct.pack("=IQI", 12, 1, program.pid)
+            socket.send_fds(theirs, [spawned], [pidfd])
+            os.close(pidfd)
+            usage = EXITED.pack(2, 7, 7 << 8, *[0] * 18)
+            theirs.send(b"x" + struct.pack("=I", len(usage)) + usage)
+            theirs.close()
+            template.poll()
+            assert program.wait(10) == -signal.SIGTERM
+        assert children[1].status == 7 << 8
+        for child in children:
+            if child.pidfd >= 0:
+                os.close(child.pidfd)
+                child.pidfd = -1
 
     arun(main)

@@ -170,18 +170,23 @@ def test_the_trial_is_no_child_that_anybody_hears_of(arun):
     arun(main)
 
 
-def test_a_breakpoint_stays(arun, may_write_text):
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_breakpoint_stays(arun, may_write_text, when):
     """Text that somebody has written to is left alone."""
+    breakpoint = (
+        "at = ctypes.cast(ctypes.pythonapi.Py_GetCopyright, ctypes.c_void_p).value\n"
+        "with open('/proc/self/mem', 'r+b', 0) as mem:\n"
+        "    mem.seek(at); byte = mem.read(1); mem.seek(at); mem.write(b'\\xcc')\n"
+    )
 
     async def main():
         template = afork.Fork.new_exec().require("ctypes", "os")
-        template.eval(
-            "at = ctypes.cast(ctypes.pythonapi.Py_GetCopyright, ctypes.c_void_p).value\n"
-            "with open('/proc/self/mem', 'r+b', 0) as mem:\n"
-            "    mem.seek(at); byte = mem.read(1); mem.seek(at); mem.write(b'\\xcc')\n"
-        )
+        if when == "before":
+            template.eval(breakpoint)
         await start(template, STARTS)
         await arranged(template)
+        if when == "after":
+            template.eval(breakpoint)
         assert await ask(template.fork(), "ctypes.string_at(at, 1)") == b"\xcc"
         template.close()
 

@@ -10,6 +10,25 @@
 /* One call of receive: frames, and the bytes after which it takes no more. */
 enum { RECEIVE_MAX = 256, RECEIVE_BYTES = 1 << 20 };
 
+/* Up to 3.11 an allocation may collect garbage, and what is finalised may read
+ * this very channel, whose buffer is in use.  Whether it was on. */
+static int
+hold_gc(void)
+{
+#if PY_VERSION_HEX < 0x030c0000
+    return PyGC_Disable();
+#else
+    return 0;
+#endif
+}
+
+static void
+resume_gc(int was_on)
+{
+    if (was_on)
+        PyGC_Enable();
+}
+
 /* The next report: 1, or 0 if there is none; one of letter 0, whose descriptor
  * is the negative errno, if the stream is broken. */
 static int
@@ -56,6 +75,19 @@ add(PyObject *list, struct afork_frame *frame, int failed)
     return r;
 }
 
+/* Of reports that nobody will get. */
+static void
+close_descriptors(PyObject *list)
+{
+    for (Py_ssize_t i = 0; list && i < PyList_GET_SIZE(list); i++) {
+        PyObject *fd = PyTuple_GET_ITEM(PyList_GET_ITEM(list, i), 2);
+        int n = (int)PyLong_AsLong(fd);
+
+        if (n >= 0) /* else a negative errno, or none */
+            afork_fd_close(&n);
+    }
+}
+
 /* Whether a report is about the end of a process that is of no interest to
  * anybody: most ends are. */
 static int
@@ -83,23 +115,26 @@ receive_into(Channel *c, PyObject *list, PyObject *children)
 {
     struct afork_frame frame;
     size_t bytes = 0;
+    int r = 0;
 
     /* Bounds: a peer that never stops must not keep the loop for itself.  What
-     * was read ahead is no event any more, so nothing of it is left. */
+     * was read ahead is no event any more, so nothing of it is left; and beyond
+     * the bounds no more is read ahead. */
     for (int n = 0; (n < RECEIVE_MAX && bytes < RECEIVE_BYTES) ||
                     afork_reader_has_early(&c->in);
          n++) {
+        c->in.hold = n >= RECEIVE_MAX || bytes >= RECEIVE_BYTES;
         if (!next_report(c, &frame))
             break;
         bytes += frame.len;
         if (is_idle_exit(&frame, children))
             continue;
-        if (add(list, &frame, 0) < 0)
-            return -1;
-        if (frame.letter == AFORK_REP_RUNNING)
+        r = add(list, &frame, 0);
+        if (r < 0 || frame.letter == AFORK_REP_RUNNING)
             break; /* the bytes behind it are the user's */
     }
-    return 0;
+    c->in.hold = 0;
+    return r;
 }
 
 PyObject *
@@ -107,13 +142,18 @@ binding_channel_receive(PyObject *self, PyObject *unused)
 {
     Channel *c = (Channel *)self;
     PyObject *list;
+    int gc;
 
     (void)unused;
     if (binding_channel_check(c) < 0)
         return NULL;
+    gc = hold_gc();
     list = PyList_New(0);
-    if (list && receive_into(c, list, NULL) < 0)
+    if (list && receive_into(c, list, NULL) < 0) {
+        close_descriptors(list);
         Py_CLEAR(list);
+    }
+    resume_gc(gc);
     return list;
 }
 
@@ -167,7 +207,7 @@ binding_channel_tell(const struct binding_state *state, PyObject *self,
     struct afork_frame first, second;
     PyObject *list, *children, *result = NULL;
     uint32_t pid;
-    int r, more, started = 0;
+    int r, more, gc, started = 0;
 
     if (binding_channel_check(c) < 0)
         return NULL;
@@ -180,6 +220,7 @@ binding_channel_tell(const struct binding_state *state, PyObject *self,
         if (more && second.letter == AFORK_REP_RUNNING && !second.len)
             return call_entered(state->on_entered, process, pid, first.fd);
     }
+    gc = hold_gc();
     list = PyList_New(0);
     r = list ? 0 : -1;
     if (started)
@@ -193,6 +234,9 @@ binding_channel_tell(const struct binding_state *state, PyObject *self,
         r = add(list, &second, r);
     if (r == 0 && more && second.letter != AFORK_REP_RUNNING)
         r = receive_into(c, list, children);
+    if (r < 0)
+        close_descriptors(list);
+    resume_gc(gc);
     if (r == 0)
         result = PyObject_CallMethodOneArg(process, state->on_reports, list);
     Py_XDECREF(list);

@@ -16,12 +16,12 @@ facts_of(const struct afork_server *s)
         "{s:i,s:s,s:K,s:n,s:{s:I,s:I,s:n,s:K,s:K,s:K},s:n,s:n,s:O}", "pid",
         (int)getpid(), "state", s->failure.payload ? "failed" : "serving",
         "starts", (unsigned long long)s->starts, "children",
-        (Py_ssize_t)(s->children.n - p->n), "spares", "most", p->most,
-        "wanted", p->target, "ready", (Py_ssize_t)afork_spares_ready(p),
-        "hits", (unsigned long long)p->hits, "misses",
-        (unsigned long long)p->misses, "died", (unsigned long long)p->died,
-        "arguments", (Py_ssize_t)s->args.n, "handles",
-        (Py_ssize_t)s->args.handles, "detached",
+        (Py_ssize_t)(s->children.n - p->n) - (s->trial_pid > 0), "spares",
+        "most", p->most, "wanted", p->target, "ready",
+        (Py_ssize_t)afork_spares_ready(p), "hits", (unsigned long long)p->hits,
+        "misses", (unsigned long long)p->misses, "died",
+        (unsigned long long)p->died, "arguments", (Py_ssize_t)s->args.n,
+        "handles", (Py_ssize_t)s->args.handles, "detached",
         s->detached ? Py_True : Py_False);
 }
 

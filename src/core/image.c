@@ -62,12 +62,12 @@ chunk(const struct afork_region *r, size_t at)
 /* Whether nobody has written there: not a debugger, nor a relocation, and not
  * we ourselves. */
 static int
-is_clean(int pagemap, const struct afork_region *r)
+is_clean(int pagemap, const struct afork_region *r, size_t at, size_t end)
 {
     uint64_t map[CHUNK];
 
-    for (size_t at = 0; at < r->pages; at += CHUNK) {
-        size_t n = chunk(r, at);
+    for (; at < end; at += CHUNK) {
+        size_t n = end - at < CHUNK ? end - at : CHUNK;
 
         if (read_map(pagemap, r, at, n, map) < 0)
             return 0;
@@ -91,7 +91,7 @@ scan(struct afork_image *image, FILE *maps, int pagemap)
             break;
         if (!parse(line, r) || r->pages < AROUND ||
             r->pages > AFORK_IMAGE_PAGES - image->pages ||
-            !is_clean(pagemap, r))
+            !is_clean(pagemap, r, 0, r->pages))
             continue;
         r->first = image->pages;
         image->pages += r->pages;
@@ -112,7 +112,7 @@ afork_image_new(int *ret_error)
         image = mmap(NULL, sizeof *image, PROT_READ | PROT_WRITE,
                      MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (!image || image == MAP_FAILED) {
-        *ret_error = errno ? -errno : -ENOENT;
+        *ret_error = image || !maps ? -errno : -ENOSYS;
         image = NULL;
     } else {
         scan(image, maps, pagemap);
@@ -275,7 +275,12 @@ afork_image_apply(struct afork_image *image)
 void
 afork_image_clear(struct afork_image *image)
 {
+    int pagemap;
+
     if (confirm(image) < 0)
+        return;
+    pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    if (pagemap < 0)
         return;
     for (size_t i = 0; i < image->n; i++) {
         const struct afork_region *r = &image->regions[i];
@@ -284,8 +289,10 @@ afork_image_clear(struct afork_image *image)
         for (size_t at = 0, end; at < r->pages; at = end) {
             for (end = at; end < r->pages && !used[end] == !used[at];)
                 end++;
-            if (!used[at])
+            /* Somebody else may have written there since. */
+            if (!used[at] && is_clean(pagemap, r, at, end))
                 drop(r, at, end - at);
         }
     }
+    afork_fd_close(&pagemap);
 }

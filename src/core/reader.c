@@ -128,7 +128,7 @@ recv_some(struct afork_reader *r, int sock, uint8_t *at, uint32_t want,
     if (!afork_reader_has_early(r)) {
         int n;
 
-        if (want >= r->ahead)
+        if (r->hold || want >= r->ahead)
             return recv_exact(sock, at, want, ret_fd);
         n = recv_early(r, sock);
         if (n <= 0)

@@ -27,6 +27,7 @@ struct afork_reader {
     int early_fd;   /* owned: rides on a frame that begins in there */
     uint32_t ahead; /* bytes to ask for at once, 0 for exact reads */
     int ahead_once;
+    int hold; /* nothing is to be read ahead for now */
 };
 
 struct afork_frame {

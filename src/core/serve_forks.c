@@ -10,6 +10,7 @@
 
 #include "fd.h"
 #include "fdpass.h"
+#include "image.h"
 #include "report.h"
 #include "serve_parts.h"
 
@@ -59,6 +60,7 @@ fork_server(struct afork_server *s, uint64_t id)
         s->starts = 0;
         s->mute = 0;
         if (s->trial) { /* it is our parent's */
+            afork_image_free(s->trial);
             s->trial = NULL;
             s->trial_pid = 0;
             s->tried = 0;

@@ -11,6 +11,7 @@
 #include "fd.h"
 #include "fdpass.h"
 #include "image.h"
+#include "report.h"
 #include "serve_parts.h"
 
 enum {
@@ -27,9 +28,11 @@ read_out(int sock)
 
     while (n == -EAGAIN || n > 0) {
         uint8_t data[256];
-        int fd = AFORK_NOFD;
+        int fd = AFORK_NOFD, ready = poll(&p, 1, PATIENCE);
 
-        if (poll(&p, 1, PATIENCE) <= 0)
+        if (ready < 0 && errno == EINTR)
+            continue;
+        if (ready <= 0)
             return -ETIMEDOUT;
         n = afork_fdpass_recv(sock, data, sizeof data, &fd);
         if (fd >= 0)
@@ -54,6 +57,25 @@ send_run(int sock, const char *name)
                : 0;
 }
 
+/* The status of our child, or -1; it is killed if it does not end. */
+static int
+wait_for(pid_t pid)
+{
+    struct pollfd p = {.fd = afork_report_pidfd(pid), .events = POLLIN};
+    int status, ready;
+    pid_t r;
+
+    do
+        ready = p.fd < 0 ? -1 : poll(&p, 1, PATIENCE);
+    while (ready < 0 && p.fd >= 0 && errno == EINTR);
+    if (ready <= 0)
+        kill(pid, SIGKILL); /* our child, not reaped yet */
+    do
+        r = waitpid(pid, &status, 0);
+    while (r < 0 && errno == EINTR);
+    return r == pid ? status : -1;
+}
+
 /*
  * The copy of the template: starts one worker as the template would, and ends.
  * Returns in that worker.
@@ -61,11 +83,12 @@ send_run(int sock, const char *name)
 static void
 be_the_copy(struct afork_server *s, struct afork_image *image)
 {
-    int pair[2], status;
+    int pair[2];
     pid_t pid;
 
     afork_args_free(&s->args);
-    if (afork_fd_pair(pair) < 0 || send_run(pair[0], s->trial_function) < 0 ||
+    if (!s->trial_function || /* the fork has made huge pages */
+        afork_fd_pair(pair) < 0 || send_run(pair[0], s->trial_function) < 0 ||
         afork_image_try(image) < 0)
         _exit(1);
     s->sock = pair[0]; /* the worker closes it like any template's */
@@ -80,7 +103,7 @@ be_the_copy(struct afork_server *s, struct afork_image *image)
         _exit(1);
     if (read_out(pair[0]) < 0)
         kill(pid, SIGKILL); /* our child, not reaped yet */
-    if (waitpid(pid, &status, 0) != pid || status != 0)
+    if (wait_for(pid) != 0)
         _exit(1);
     afork_image_note(image);
     _exit(0);
