@@ -123,7 +123,9 @@ def aims(results: Results) -> list[Row]:
         targets.at_most(
             "spare / ping-pong of C, p50", 3, over("one-spare", "one-pong"), "x"
         ),
-        targets.at_least("cold / spare, p50", 5, over("one-afork", "one-spare")),
+        targets.at_least(
+            "cold / spare, p50, beside the peers", 5, over("one-afork", "one-spare")
+        ),
         targets.at_least(
             "(forkserver / cold, p50)", None, over("one-forkserver", "one-afork")
         ),
