@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import decimal
 import importlib.util
 import sys
 import sysconfig
@@ -341,6 +342,64 @@ def test_numpy(arun):
         )
         for _ in range(2):
             assert await ask(template.fork(), what) == expected
+        template.close()
+
+    arun(main)
+
+
+def test_types_of_extensions(arun):
+    """Their objects are counted in C, some of them without the collector."""
+    code = """
+    import array, collections, ctypes, datetime, decimal, io, itertools, re
+    import sqlite3, struct, zlib
+
+    class Point(ctypes.Structure):
+        _fields_ = [("x", ctypes.c_int), ("next", ctypes.c_void_p)]
+
+    point, words = Point(3), (ctypes.c_char_p * 2)(b"a", b"b")
+    when = datetime.datetime(2026, 11, 25, tzinfo=datetime.timezone.utc)
+    price = decimal.Decimal("1.10")
+    pattern = re.compile("(a+)(b*)")
+    numbers, queue = array.array("i", range(1000)), collections.deque(range(9), 5)
+    ordered = collections.OrderedDict.fromkeys("abc")
+    default = collections.defaultdict(list, a=[1])
+    database = sqlite3.connect(":memory:", check_same_thread=False)
+    database.execute("create table t (n)")
+    database.executemany("insert into t values (?)", [(i,) for i in range(100)])
+    packer, text = struct.Struct("<IH"), io.StringIO("some text")
+    counter, press = itertools.count(5), zlib.compressobj()
+
+    def use():
+        import gc
+        found = []
+        for _ in range(3):
+            default["b"].append(2)
+            ordered.move_to_end("a")
+            queue.append(9)
+            numbers.append(1)
+            point.x += 1
+            gc.collect()
+        found += [point.x, words[1], str(when + datetime.timedelta(1)), price * 3]
+        found += [pattern.match("aab").groups(), len(numbers), list(queue)]
+        found += ["".join(ordered), dict(default), packer.pack(1, 2), text.read(4)]
+        found += [database.execute("select sum(n) from t").fetchone(), next(counter)]
+        found += [zlib.decompress(press.compress(b"x" * 99) + press.flush())]
+        database.close()
+        return repr(found)
+    """
+
+    async def main():
+        template = afork.Fork.new_exec().eval(code).freeze()
+        expected = repr(
+            [
+                *(6, b"b", "2026-11-26 00:00:00+00:00", decimal.Decimal("3.30")),
+                *(("aa", "b"), 1003, [7, 8, 9, 9, 9], "bca"),
+                {"a": [1], "b": [2, 2, 2]},
+                *(b"\1\0\0\0\2\0", "some", (4950,), 5, b"x" * 99),
+            ]
+        )
+        for _ in range(2):
+            assert await ask(template.fork(), "use()") == expected
         template.close()
 
     arun(main)

@@ -245,6 +245,49 @@ def test_run_on_the_template_itself(arun):
     arun(main)
 
 
+def test_no_descriptor_left_in_the_application(run_script):
+    """The start is refused, and no spare is lost by it."""
+    run_script(
+        """
+import asyncio, errno, os, resource
+import afork
+
+async def main():
+    template = await afork.Fork.new_exec().spares(2).ready()
+    while (told := await template.stats())["spares"]["ready"] < 2:
+        pass
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (os.dup(0) + 1, hard))
+    filler = []
+    try:
+        while True:
+            filler.append(os.dup(0))
+    except OSError:
+        pass
+    for start in (template.fork, lambda: template.fork_many(2)[0]):
+        try:
+            await start().ready()
+        except OSError as exc:
+            assert exc.errno == errno.EMFILE, exc
+        else:
+            raise AssertionError(start)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for fd in filler:
+        os.close(fd)
+    child = await template.fork().ready()
+    told = (await template.stats())["spares"]
+    assert told["died"] == 0, told
+    assert told["hits"] >= 1, told
+    child.close()
+    assert await child.wait() == 0
+    template.close()
+    assert await template.wait() == 0
+
+asyncio.run(asyncio.wait_for(main(), 10))
+"""
+    )
+
+
 def test_values(arun):
     async def main():
         f = afork.Fork.new()
