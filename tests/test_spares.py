@@ -209,6 +209,32 @@ def test_killed_at_any_moment(arun):
     arun(main)
 
 
+def test_killed_behind_a_pool(arun):
+    """Each call needs another process: all are answered, or their own was killed."""
+
+    async def main():
+        f, _ = await template_with(3)
+        lost = 0
+        async with afork.Pool(template=f, max=2, max_calls=1) as pool:
+            for n in range(40):
+                spare = next(iter(await ready_spares(f, 3)))
+                calls = [pool.call(abs, -n) for _ in range(2)]
+                await asyncio.sleep(0)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(spare, signal.SIGKILL)
+                for found in await asyncio.gather(*calls, return_exceptions=True):
+                    if isinstance(found, afork.WorkerLost):
+                        lost += 1
+                    else:
+                        assert found == n
+            assert pool.stats().counts.started >= 80 - lost
+        assert lost < 40
+        f.close()
+        assert await f.wait() == 0
+
+    arun(main)
+
+
 def test_given_up_before_a_request_is_refused(arun):
     async def main():
         f, _ = await template_with(4)
