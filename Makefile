@@ -18,7 +18,7 @@ CLANG_FORMAT ?= clang-format
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip -q --disable-pip-version-check
-C_FILES := $(wildcard src/*/*.[ch] tests/*/*.[ch] bench/*.c)
+C_FILES := $(wildcard src/*/*.[ch] tests/*/*.[ch] bench/*.[ch])
 HARNESSES := $(notdir $(basename $(wildcard tests/fuzz/*.c)))
 
 # pip takes a wheel of the same version for installed, and setuptools reuses

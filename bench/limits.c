@@ -13,7 +13,6 @@
  * one line of JSON in the form of every other contender.
  */
 #define _GNU_SOURCE
-#include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <sched.h>
@@ -29,7 +28,9 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { LIMITS_MAX_INFLIGHT = 1024, LIMITS_PAGE = 4096, LIMITS_MESSAGE = 64 };
+#include "limits.h"
+
+enum { LIMITS_MAX_INFLIGHT = 1024, LIMITS_MESSAGE = 64 };
 
 extern char **environ;
 
@@ -50,23 +51,6 @@ struct meter {
     long started;
     long count;
 };
-
-static _Noreturn void
-die(const char *what)
-{
-    fprintf(stderr, "limits: %s: %s\n", what, strerror(errno));
-    exit(1);
-}
-
-static double
-now(void)
-{
-    struct timespec ts;
-
-    if (clock_gettime(CLOCK_MONOTONIC, &ts) < 0)
-        die("clock_gettime");
-    return (double)ts.tv_sec + (double)ts.tv_nsec * 1e-9;
-}
 
 /* CPU time of this process alone: children that were waited for are not in it.
  */
@@ -110,27 +94,6 @@ meter_print(const struct meter *meter)
     printf("{\"n\": %ld, \"seconds\": %.6f, \"cpu_us\": %.3f}\n",
            meter->started, seconds,
            meter->started > 0 ? cpu * 1e6 / (double)meter->started : 0.0);
-}
-
-/* Ordinary pages whatever the machine's huge page setting says: fork pays for
- * each of them. */
-static void
-touch(size_t mb)
-{
-    size_t size = mb << 20;
-    char *memory;
-
-    if (size == 0)
-        return;
-    memory = mmap(NULL, size, PROT_READ | PROT_WRITE,
-                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED)
-        die("mmap");
-    (void)madvise(
-        memory, size,
-        MADV_NOHUGEPAGE); /* fails only where there are no huge pages */
-    for (size_t at = 0; at < size; at += LIMITS_PAGE)
-        memory[at] = 1;
 }
 
 /* One mapping of another process's smaps. */
@@ -346,11 +309,12 @@ static void
 stay(int last)
 {
     cpu_set_t all, one;
-    int found = -1;
+    size_t found = CPU_SETSIZE;
 
     if (sched_getaffinity(0, sizeof all, &all) < 0)
         die("sched_getaffinity");
-    for (int cpu = 0; cpu < CPU_SETSIZE && (last || found < 0); cpu++)
+    for (size_t cpu = 0; cpu < CPU_SETSIZE && (last || found == CPU_SETSIZE);
+         cpu++)
         if (CPU_ISSET(cpu, &all))
             found = cpu;
     CPU_ZERO(&one);

@@ -27,7 +27,9 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { FIRST_MAX = 200000, FIRST_PENDING = 20000, FIRST_PAGE = 4096 };
+#include "limits.h"
+
+enum { FIRST_MAX = 200000, FIRST_PENDING = 20000 };
 
 struct options {
     size_t mb, size, live;
@@ -46,23 +48,6 @@ static size_t taken_used;
 static struct pollfd waiting[FIRST_PENDING];
 static struct start starts[FIRST_PENDING];
 static nfds_t pending;
-
-static _Noreturn void
-die(const char *what)
-{
-    fprintf(stderr, "limits_first: %s: %s\n", what, strerror(errno));
-    exit(1);
-}
-
-static double
-now(void)
-{
-    struct timespec ts;
-
-    if (clock_gettime(CLOCK_MONOTONIC, &ts) < 0)
-        die("clock_gettime");
-    return (double)ts.tv_sec + (double)ts.tv_nsec * 1e-9;
-}
 
 static void
 pause_us(long us)
@@ -90,25 +75,6 @@ cpu_now(void)
         die("getrusage");
     return seconds_of(&own.ru_utime) + seconds_of(&own.ru_stime) +
            seconds_of(&theirs.ru_utime) + seconds_of(&theirs.ru_stime);
-}
-
-static void
-touch(size_t mb)
-{
-    size_t size = mb << 20;
-    char *memory;
-
-    if (size == 0)
-        return;
-    memory = mmap(NULL, size, PROT_READ | PROT_WRITE,
-                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED)
-        die("mmap");
-    /* Fails only where there are no huge pages. */
-    (void)madvise(memory, size, MADV_NOHUGEPAGE);
-    for (size_t at = 0; at < size; at += FIRST_PAGE)
-        memory[at] = 1;
-    pause_us((long)mb * 200); /* the machine is still busy with so much */
 }
 
 /* Fork a child that sends a byte and ends. */
@@ -378,6 +344,7 @@ main(int argc, char **argv)
         (void)setrlimit(RLIMIT_NOFILE, &files); /* else EMFILE says it */
     }
     touch(options.mb);
+    pause_us((long)options.mb * 200); /* the machine is still busy with it */
     if (argc > 1 && strcmp(argv[1], "hold") == 0) {
         keep(options.size, 1);
         return 0;

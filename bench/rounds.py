@@ -30,7 +30,8 @@ def build_limits(folder: Path, name: str = "limits") -> Path | None:
     if compiler is None:
         return None
     source, target = HERE / f"{name}.c", folder / name
-    if target.exists() and target.stat().st_mtime > source.stat().st_mtime:
+    newest = max(one.stat().st_mtime for one in (source, HERE / "limits.h"))
+    if target.exists() and target.stat().st_mtime > newest:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     command = [

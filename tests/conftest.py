@@ -8,6 +8,7 @@ import gc
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -27,6 +28,17 @@ from .scripts.pool_tools import jobs as jobs
 HANG = 10.0
 
 SCRIPTS = Path(__file__).parent / "scripts"
+
+
+def pytest_configure() -> None:
+    # A shell makes what it starts with & ignore these, and so would all that
+    # the tests start.
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGQUIT, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_report_header() -> str:

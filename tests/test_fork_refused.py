@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import signal
 
 import pytest
 
@@ -259,10 +260,10 @@ def test_a_spare_that_dies_then_is_no_way_out(arun):
         await template.ready()
         (spare,) = await ready_spares(template, 1)
         await refusal.refuse()
-        os.kill(spare, 19)
+        os.kill(spare, signal.SIGSTOP)
         run = asyncio.ensure_future(ask(template.fork(), "7"))
         await template.ready()  # it has been handed over
-        os.kill(spare, 9)
+        os.kill(spare, signal.SIGKILL)
         with pytest.raises(BlockingIOError):
             await run
         await refusal.allow()

@@ -47,11 +47,9 @@ PyObject *binding_serve(PyObject *module, PyObject *args);
 PyObject *binding_fork(PyObject *module, PyObject *unused);
 
 struct afork_server;
-/* The server that this process is, or NULL and an exception. */
-/* The server of this process, or NULL. */
+/* The server that this process is, or NULL. */
 const struct afork_server *binding_current_server(void);
-/* Whether text is to be left as it is. */
-int binding_memory_no_text(void);
+/* The same, or NULL and an exception. */
 struct afork_server *binding_serving(int **ret_keep_title);
 
 /* settings.c */
@@ -129,6 +127,7 @@ void binding_memory_command(void);
 void binding_memory_before_fork(const void *const *keep, size_t n, int alone);
 void binding_memory_after_fork(void);
 void binding_memory_forked(void); /* in the child */
+int binding_memory_no_text(void); /* whether text stays as it is */
 void binding_memory_collapse(const void *const *keep, size_t n);
 PyObject *binding_memory_huge_pages(PyObject *module, PyObject *unused);
 PyObject *binding_memory_collapse_now(PyObject *module, PyObject *unused);

@@ -186,6 +186,7 @@ poller_change(PyObject *self, PyObject *args)
     return r < 0 ? binding_oserror(r) : Py_NewRef(Py_None);
 }
 
+/* Must come before the descriptor is closed: numbers are reused. */
 static PyObject *
 poller_unwatch(PyObject *self, PyObject *arg)
 {
@@ -208,6 +209,7 @@ dispatch(const struct binding_state *state, const struct watched *w,
 {
     if (!w->channel)
         return PyObject_CallFunction(w->owner, "I", events);
+    /* There is room again, or no reports to be read: that is for Python. */
     if (events & EPOLLOUT || ((Channel *)w->channel)->plain)
         return PyObject_CallMethod(w->owner, "_on_event", "I", events);
     return binding_channel_tell(state, w->channel, w->owner);

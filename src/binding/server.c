@@ -349,7 +349,7 @@ end(struct py_server *p)
         binding_stdio_flush(&p->stdio, p->name_flush);
         close_socket(p);
     }
-    if (p->server.trial)
+    if (p->server.trial) /* as late as can be: what comes behind is not seen */
         afork_image_note(p->server.trial);
     if (plainly) {
         /* Taking down the memory takes as long as a start: who has just been

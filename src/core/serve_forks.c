@@ -73,7 +73,7 @@ fork_server(struct afork_server *s, uint64_t id)
 }
 
 pid_t
-afork_server_fork_plain(struct afork_server *s)
+afork_server_fork_unasked(struct afork_server *s)
 {
     return fork_server(s, 0);
 }

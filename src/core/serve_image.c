@@ -92,7 +92,7 @@ be_the_copy(struct afork_server *s, struct afork_image *image)
         afork_image_try(image) < 0)
         _exit(1);
     s->sock = pair[0]; /* the worker closes it like any template's */
-    pid = afork_server_fork_plain(s);
+    pid = afork_server_fork_unasked(s);
     if (pid == 0) {
         s->sock = pair[1];
         s->trial = image;
@@ -125,7 +125,7 @@ afork_server_try(struct afork_server *s)
         s->image_error = -error;
         return 0;
     }
-    pid = afork_server_fork_plain(s);
+    pid = afork_server_fork_unasked(s);
     if (pid == 0) {
         be_the_copy(s, image);
         return 1;

@@ -41,7 +41,7 @@ int afork_server_fork_spare_take(struct afork_server *s, int link,
 int afork_server_settle(struct afork_server *s);
 
 /* A fork that nobody has asked for: as fork(2), a server without a socket. */
-pid_t afork_server_fork_plain(struct afork_server *s);
+pid_t afork_server_fork_unasked(struct afork_server *s);
 
 /* Finds out which text workers use, once and if it is time: 1 in a process
  * made for that. */
