@@ -1,5 +1,6 @@
 """Fixtures of the core tests: src/core behind cffi, and programs made of it."""
 
+import contextlib
 import subprocess
 import sys
 import textwrap
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from . import build_core
+from .server import Server
 
 HERE = Path(__file__).resolve().parent
 
@@ -79,3 +81,20 @@ def probe(build) -> str:
 @pytest.fixture(scope="session")
 def stub_server(build) -> str:
     return build.program("stub_server")
+
+
+@pytest.fixture
+def serve(stub_server):
+    with contextlib.ExitStack() as stack:
+        yield lambda flags="": stack.enter_context(Server(stub_server, flags))
+
+
+@pytest.fixture
+def server(serve):
+    return serve()
+
+
+@pytest.fixture
+def started(server):
+    server.expect("STARTED")
+    return server

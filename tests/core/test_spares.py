@@ -11,7 +11,7 @@ import struct
 import pytest
 
 from .reference import exec_payload, put_list
-from .test_serve import Server, done_token
+from .server import Server, done_token
 
 
 class Template(Server):
