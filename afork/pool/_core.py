@@ -18,6 +18,7 @@ from afork.rpc._output import OutputPipe
 from afork.rpc._rpc import Setup
 from afork.rpc._stream import Unread
 
+from ._rooms import Rooms
 from ._template import Template
 from ._worker import PoolCall, Worker
 
@@ -104,11 +105,8 @@ class Core:
         self.starting = 0
         #: Those that are to end, or have been killed.
         self.leaving: set[Worker] = set()
-        #: By the number of calls that they have: those that can get one more.
-        self._rooms: list[dict[Worker, None]] = [{} for _ in range(settings.load + 1)]
-        #: None of them has less: to look through all would be most of a call's
-        #: cost with a load of 64.
-        self._least = 0
+        #: Those of the workers that can get a call.
+        self._rooms = Rooms(settings.load)
         #: Calls that no process has: (-priority, id, call).
         self._heap: list[tuple[int, int, PoolCall]] = []
         self.waiting = 0
@@ -136,7 +134,7 @@ class Core:
         call.core = self
         self.open += 1
         if not self.waiting:
-            worker = self._roomy()
+            worker = self._rooms.least()
             if worker is not None:
                 self._give(worker, call)
                 return
@@ -154,24 +152,12 @@ class Core:
         self._wait(call)
         self._grow_soon()
 
-    def _roomy(self) -> Worker | None:
-        """The process with the least calls, if it may have one more."""
-        rooms, least, full = self._rooms, self._least, self.settings.load
-        while least < full and not rooms[least]:
-            least += 1
-        self._least = least
-        # The one used last: its memory is in the caches, and others become idle
-        # for long enough to be stopped.
-        return next(reversed(rooms[least])) if least < full else None
-
     def _give(self, worker: Worker, call: PoolCall) -> None:
         load = len(worker.calls)
-        del self._rooms[load][worker]
         worker.given += 1
-        if worker.given != self.settings.max_calls:
-            self._rooms[load + 1][worker] = None
+        self._rooms.taken(worker, load, worker.given == self.settings.max_calls)
         worker.take(call)
-        if not load and len(self._rooms[0]) < self.settings.idle:
+        if not load and len(self._rooms.idle) < self.settings.idle:
             self._grow_soon()
 
     def _dispatch(self) -> None:
@@ -180,7 +166,7 @@ class Core:
             return  # a call that cannot be sent has made room at once
         self._dispatching = True
         try:
-            while self.waiting and (worker := self._roomy()) is not None:
+            while self.waiting and (worker := self._rooms.least()) is not None:
                 call = heapq.heappop(self._heap)[2]
                 if not call.done():
                     self.waiting -= 1
@@ -228,11 +214,7 @@ class Core:
                 self._later(_GRACE, worker.kill)
             return
         load = len(worker.calls)
-        room = self._rooms[load + 1]
-        if worker in room:
-            del room[worker]
-            self._rooms[load][worker] = None
-            self._least = min(self._least, load)
+        self._rooms.freed(worker, load)
         if self._is_worn(worker):
             self.retire(worker)
             self.count.recycled += 1
@@ -257,8 +239,7 @@ class Core:
             self.starting -= 1
             self.template.proven = True
             self._pause = _PAUSE
-            self._rooms[0][worker] = None
-            self._least = 0
+            self._rooms.add(worker)
             worker.idle_since = self.loop.time()
             self._dispatch()
             self._watch_idle()
@@ -271,8 +252,7 @@ class Core:
         self.leaving.add(worker)
         if not worker.ready:
             self.starting -= 1
-        for room in self._rooms:
-            room.pop(worker, None)
+        self._rooms.remove(worker)
         self._grow_soon()
 
     def retire(self, worker: Worker) -> None:
@@ -311,7 +291,7 @@ class Core:
         self._growing = False
         s = self.settings
         self._dispatch()
-        wanted = -(-self.waiting // s.load) - len(self._rooms[0]) - self.starting
+        wanted = -(-self.waiting // s.load) - len(self._rooms.idle) - self.starting
         if not self.closed:
             wanted += s.idle
         n = wanted = min(wanted, s.max - len(self.workers))
@@ -407,13 +387,13 @@ class Core:
     # -- shrinking
 
     def _watch_idle(self) -> None:
-        if self._stop_timer is None and len(self._rooms[0]) > self.settings.idle:
+        if self._stop_timer is None and len(self._rooms.idle) > self.settings.idle:
             self._stop_timer = self.loop.call_later(self.settings.stop, self._shrink)
 
     def _shrink(self) -> None:
         """Let one process go that has had nothing to do for long enough."""
         self._stop_timer = None
-        idle = self._rooms[0]
+        idle = self._rooms.idle
         if len(idle) > self.settings.idle:
             worker = next(iter(idle))  # the one used least
             if self.loop.time() - worker.idle_since >= self.settings.stop * 0.99:

@@ -114,7 +114,7 @@ def check(pool: Any) -> None:
     assert len(core.workers) <= core.settings.max
     assert stats.starting == sum(not w.ready for w in core.workers)
     assert stats.idle >= 0
-    for load, room in enumerate(core._rooms):
+    for load, room in enumerate(core._rooms._by_calls):
         assert all(len(w.calls) == load and w in core.workers for w in room)
     # Nothing waits while there is room, once the loop has gone round.
-    assert not (core.waiting and core._roomy() and not core._growing), stats
+    assert not (core.waiting and core._rooms.least() and not core._growing), stats
