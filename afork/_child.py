@@ -243,7 +243,7 @@ class Handler:
 
             site.main()
         elif key == "main":
-            load_main(*_afork.unpack_strings(value))
+            load_main(value)
         elif key == "env":
             name_, _, text = value.partition(b"=")
             os.environb[name_] = text
@@ -326,12 +326,18 @@ def trial(sock: object) -> None:
     """What a worker runs that shows which of the interpreter's text all use."""
 
 
-def load_main(kind: bytes, name: bytes) -> None:
-    """Load the application's main program here, as multiprocessing does, once."""
+def load_main(packed: bytes) -> None:
+    """Load the application's main program here, as multiprocessing does, once.
+
+    Args:
+        packed: Of `_interpreter.main_module`.
+    """
     global loading_main, main_loaded
-    if main_loaded or not name:
+    if main_loaded:
         return
     main_loaded = True
+    kind, name, *argv = _afork.unpack_strings(packed)
+    sys.argv = [arg.decode("utf-8", "surrogatepass") for arg in argv]
     old = _main()
     module = type(sys)("__mp_main__")
     module.__dict__.update(
@@ -355,10 +361,16 @@ def load_main(kind: bytes, name: bytes) -> None:
         module.__file__ = spec.origin
         code = spec.loader.get_code(spec.name)  # type: ignore[attr-defined]
     else:
+        from _frozen_importlib_external import SourceFileLoader
+
         path = os.fsdecode(name)
         module.__file__ = path
-        # Half of the two is a warning when a traceback is made (3.15).
-        del module.__spec__, module.__loader__
+        # A program has the spec None, for which 3.15 warns in each traceback if
+        # the module has another name; and multiprocessing, which looks for the
+        # name of the spec, fails in a worker that has none. So one without name.
+        module.__loader__ = loader = SourceFileLoader("__mp_main__", path)
+        namespace: Any = type(sys.implementation)
+        module.__spec__ = namespace(name=None, loader=loader, origin=path, parent="")
         with open(path, "rb") as file:
             code = compile(file.read(), path, "exec", dont_inherit=True)
     sys.modules["__main__"] = sys.modules["__mp_main__"] = module

@@ -443,7 +443,7 @@ class Fork:
             raise ValueError(f"frame over the cap of {_afork.FRAME_MAX} bytes")
         main = None
         if needs_main and not process.plain:
-            main = _afork.pack_strings(_interpreter.main_module())
+            main = _interpreter.main_module()
         # Whatever can be refused has been: from here on it is claimed.
         process = self._fresh_copy(process)
         process.claimed = "run"

@@ -241,18 +241,30 @@ def _pack(*paths: str) -> bytes:
     return _afork.pack_strings([os.fsencode(p) for p in paths])
 
 
-def main_module() -> list[bytes]:
-    """How a process can load the application's main program: kind and name."""
+def main_module() -> bytes:
+    """How a process can load the application's main program.
+
+    Returns:
+        For `_child.load_main`: kind, name, and the arguments of the program.
+
+    Raises:
+        TypeError: it cannot be loaded.
+    """
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     path = getattr(main, "__file__", None)
     if spec is not None and spec.name == "__main__" and path:
-        return [b"entry", os.fsencode(os.path.dirname(os.path.abspath(path)))]
-    if spec is not None and spec.name:
-        return [b"name", spec.name.encode()]
-    if path:
-        return [b"path", os.fsencode(os.path.abspath(path))]
-    raise TypeError(
-        "functions of __main__ can only be run when it is a file or a module "
-        "that a process can load: this one was typed in or given with -c"
-    )
+        found = [b"entry", os.fsencode(os.path.dirname(os.path.abspath(path)))]
+    elif spec is not None and spec.name:
+        found = [b"name", spec.name.encode()]
+    elif path and os.path.exists(path):  # "<stdin>" is none
+        found = [b"path", os.fsencode(os.path.abspath(path))]
+    else:
+        raise TypeError(
+            "functions of __main__ can only be run when it is a file or a module "
+            "that a process can load: this one was typed in, read from standard "
+            "input or given with -c"
+        )
+    for arg in getattr(sys, "argv", ()):
+        found.append(str(arg).encode("utf-8", "surrogatepass"))
+    return _afork.pack_strings(found)

@@ -110,23 +110,56 @@ def test_without_the_guard(run_script, tmp_path):
 
 
 def test_no_main_program(run_script):
-    """python -c: nothing to load functions from."""
-    done = run_script(
+    """python -c: nothing to load functions and classes from."""
+    run_script(
         """
-import asyncio, afork, math
-def f(): pass
+import asyncio, dataclasses
+import afork
+
+@dataclasses.dataclass
+class Item:
+    x: int
+
+def double(x):
+    return 2 * x
+
 async def main():
     async with afork.Pool(max=1) as pool:
-        assert await pool.call(math.factorial, 5) == 120
-        try:
-            await pool.call(f)
-        except (TypeError, AttributeError, afork.RemoteError) as exc:
-            print(exc)
-        assert await pool.call(math.factorial, 5) == 120
+        for args in ((double, 1), (id, Item(1))):
+            try:
+                await pool.call(*args)
+            except AttributeError as exc:
+                (note,) = exc.__notes__
+                assert "the main program cannot be loaded in the process" in note
+            else:
+                raise AssertionError
+        assert await pool.call(abs, -5) == 5
+    # A template that knows such a name itself.
+    template = afork.Fork.new().eval("def double(x): return 3 * x")
+    async with afork.Pool(max=1, template=template) as pool:
+        assert await pool.call(double, 1) == 3
+
 asyncio.run(main())
 """
     )
-    assert done.stdout
+
+
+def test_multiprocessing_in_a_worker(run_script, tmp_path):
+    last = """
+import multiprocessing
+try:
+    from .nowhere import nothing
+except (ImportError, ImportWarning):  # as programs do that may be of a package
+    pass
+
+def spawns(x):
+    # Loads the main program once more, there.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(double, (x,))
+"""
+    body = "assert await pool.call(spawns, 3) == 6"
+    path = script(tmp_path, last=last, body=body)
+    assert run_file(run_script, path).stdout == "passed\n"
 
 
 def test_end_of_the_program_with_a_pool(run_script, tmp_path):

@@ -345,6 +345,23 @@ f.close()
     assert "can only be run when it is a file or a module" in done.stdout
 
 
+def test_a_main_program_that_was_piped(tmp_path):
+    text = MAIN.replace("asyncio.run(main())", "afork.Fork.new().run(work)")
+    done = run_python("-", input=text, cwd=tmp_path)
+    assert done.stderr.splitlines()[-1].startswith("TypeError: functions of __main__")
+    assert "read from standard input" in done.stderr
+
+
+@pytest.mark.parametrize("how", ["path", "name"])
+def test_the_arguments_of_the_main_program(tmp_path, how):
+    text = MAIN.replace('"main loaded as " + __name__', "sys.argv[1:]")
+    (tmp_path / "prog.py").write_text(text)
+    source = ["prog.py"] if how == "path" else ["-m", "prog"]
+    done = run_python(*source, "a b", "\udcff", cwd=tmp_path)
+    wanted = EXPECTED.replace("'main loaded as __mp_main__'", r"['a b', '\udcff']")
+    assert (done.stdout, done.stderr) == (wanted, "")
+
+
 def test_main_file_without_a_guard_says_what_is_wrong(tmp_path):
     (tmp_path / "prog.py").write_text(
         MAIN.replace('if __name__ == "__main__":\n    asyncio', "asyncio")

@@ -69,9 +69,8 @@ class Template:
         if process.has_main or process.channel is None:
             return
         update_path(process)
-        values = self._setup.values
-        packed = _afork.pack_strings([values["main-kind"], values["main"]])
-        process.channel.strings(_afork.CMD_SET, [b"main", packed])
+        main = self._setup.values["main"]
+        process.channel.strings(_afork.CMD_SET, [b"main", main])
         process.flush()
 
     def is_lost(self) -> bool:

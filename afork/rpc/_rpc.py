@@ -57,7 +57,7 @@ class Setup:
                 values[key] = name.encode("utf-8", "surrogatepass")
                 self.needs_main |= needs_main
         try:
-            values["main-kind"], values["main"] = main_module()
+            values["main"] = main_module()
         except TypeError:
             if self.needs_main:
                 raise

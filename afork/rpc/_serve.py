@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     #: kind, id, payload, descriptors
     Frame: TypeAlias = tuple[int, int, bytes, tuple[int, ...]]
 
+#: A note on an error of a function or class of a program without a file.
+_NO_MAIN = (
+    "afork: the main program cannot be loaded in the process: it was typed in, read "
+    "from standard input or given with -c. With codec='cloudpickle' its functions and "
+    "classes are sent by value."
+)
+
 
 def apply(func: Callable[..., object], /, *args: object, **kwargs: object) -> object:
     """The function of a process that calls whatever it is sent."""
@@ -113,8 +120,9 @@ class Server:
 
     def load_main(self) -> None:
         """Load the application's main program, once."""
-        values = self.config.values
-        _child.load_main(values.get("main-kind", b""), values.get("main", b""))
+        main = self.config.values.get("main")
+        if main is not None:
+            _child.load_main(main)
 
     # -- calls
 
@@ -129,7 +137,10 @@ class Server:
         except (AttributeError, ImportError) as exc:
             # Perhaps something of the main program, the first that is needed.
             if not self.may_load_main() or "__m" not in str(exc):
-                note_search_path(exc)
+                if "__main__" in str(exc) and not self.knows_main():
+                    exc.add_note(_NO_MAIN)
+                else:
+                    note_search_path(exc)
                 raise
             self.load_main()
             value, again = self.codec.decode(payload, tuple(again)), ()
@@ -142,6 +153,10 @@ class Server:
         """Whether the main program is not loaded here, but could be."""
         known = self.codec.pickles and "main" in self.config.values
         return known and not _child.main_loaded
+
+    def knows_main(self) -> bool:
+        """Whether the main program could be loaded, or has been forked."""
+        return "main" in self.config.values or hasattr(_child._main(), "__file__")
 
     def take_options(self, id: int, payload: bytes) -> None:
         strings = _afork.unpack_strings(payload)
