@@ -44,9 +44,12 @@ def function_name(
         found = getattr(found, attribute, None)
     # A class method is a new object at each access, and equal to itself; a
     # decorator may have left the function itself inside.
-    if found is None or (
-        found != func and getattr(found, "__wrapped__", None) is not func
-    ):
+    if found is None:
+        raise TypeError(
+            f"{module}.{name} cannot be imported in the process: it is not in the "
+            f"module {module!r} of this one either"
+        )
+    if found != func and getattr(found, "__wrapped__", None) is not func:
         raise TypeError(
             f"{module}.{name} is not {func!r}: the process would run something else"
         )

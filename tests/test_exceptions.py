@@ -431,6 +431,23 @@ def test_others_become_text(make, codec):
     assert type(exc).__name__ in got.traceback
 
 
+@pytest.mark.parametrize(
+    ("exc", "reason"),
+    [
+        (Keyword(1, 2), "TypeError: "),  # its constructor
+        (holding(lambda: 1), "Can't pickle"),
+    ],
+)
+def test_why_it_became_text_is_noted(exc, reason):
+    (note,) = cross(raised(exc)).__notes__
+    assert note.startswith("afork: it could not be raised as itself: ")
+    assert reason in note
+    # Of those that never are, nobody wonders; and the chain's text has the rest.
+    for other in (SystemExit(3), StopIteration(5)):
+        assert not hasattr(cross(raised(other)), "__notes__")
+    assert not hasattr(cross(raised(ValueError(1), exc)), "__notes__")
+
+
 def test_a_message_that_cannot_be_made():
     got = cross(NoStr("x"))
     assert type(got) is NoStr
@@ -547,10 +564,11 @@ def test_no_descriptor_for_a_large_one():
         b"\x80\x05N.",
         pickle.dumps(5),
         pickle.dumps(("a", "b")),
-        pickle.dumps((("a", "b", "c"), ())),
-        pickle.dumps((("a", "b", "c", 5), ())),
-        pickle.dumps((("a", "b", "c", "d"), 5)),
-        pickle.dumps((("a", "b", "c", "d"), (5,))),
+        pickle.dumps((("a", "b", "c", "d"), ())),
+        pickle.dumps((("a", "b", "c"), (), "")),
+        pickle.dumps((("a", "b", "c", 5), (), "")),
+        pickle.dumps((("a", "b", "c", "d"), 5, "")),
+        pickle.dumps((("a", "b", "c", "d"), (5,), "")),
         b"\x01a\x01b\x01c",
         b"\x01a\x01b\x01c\x01d\x01e",
         b"\x01a\x01b\x01c\x09d",

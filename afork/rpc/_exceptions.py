@@ -65,11 +65,13 @@ def encode_exception(
     if not codec.pickles:
         return _pack(text), ()
     try:
-        return _pickle.encode((text, _Encoder(codec).chain(exc)))
+        encoder = _Encoder(codec)
+        chain = encoder.chain(exc)
+        return _pickle.encode((text, chain, encoder.why))
     except BaseException:  # no memory or descriptor for a large one
         pass
     try:
-        return _pickle.encode((text, ()))
+        return _pickle.encode((text, (), ""))
     except BaseException:
         return _NO_MEMORY, ()
 
@@ -92,20 +94,27 @@ def decode_exception(
 
     try:
         if codec.pickles:
-            text, chain = _pickle.decode(payload, fds)
+            text, chain, why = _pickle.decode(payload, fds)
         else:
             close_all(fds)
             strings = _afork.unpack_strings(payload)
-            text, chain = tuple(str(x, "utf-8", "replace") for x in strings), ()
+            text, chain, why = (
+                tuple(str(x, "utf-8", "replace") for x in strings),
+                (),
+                "",
+            )
         if len(text) != 4 or any(type(x) is not str for x in text):
             raise TypeError("not the text of an exception")
         remote = RemoteError(*text)
-        exc = _load_chain(chain, codec, text[0])
+        reasons = [why] if why else []
+        exc = _load_chain(chain, codec, text[0], reasons)
     except (OSError, MemoryError):
         raise
     except Exception as error:
         raise refused("something that is no exception") from error
     if exc is None:
+        if reasons:
+            remote.add_note(f"afork: it could not be raised as itself: {reasons[0]}")
         return remote
     last: BaseException = exc
     seen = {id(last)}
@@ -114,6 +123,11 @@ def decode_exception(
         seen.add(id(last))
     _link(last, remote)
     return exc
+
+
+def _reason(error: BaseException) -> str:
+    type_, message = _child._describe(error)
+    return _cut(type_ + b": " + message)
 
 
 def note_search_path(exc: BaseException) -> None:
@@ -165,7 +179,7 @@ def _pack(text: Text) -> bytes:
 _pack_strings = _afork.pack_strings
 
 #: Made beforehand.
-_NO_MEMORY = _pickle.dumps((("run", "MemoryError", "", ""), ()))
+_NO_MEMORY = _pickle.dumps((("run", "MemoryError", "", ""), (), ""))
 _NO_MEMORY_TEXT = _pack_strings((b"run", b"MemoryError", b"", b""))
 
 
@@ -179,6 +193,8 @@ class _Encoder:
         self.codec = codec
         #: Those that were visited; a chain can be a circle.
         self.seen: dict[int, BaseException] = {}
+        #: Why the first of them could not be pickled.
+        self.why = ""
 
     def chain(self, exc: BaseException | None) -> Chain:
         """As far as it can be pickled; the rest has to remain text."""
@@ -210,7 +226,9 @@ class _Encoder:
                     raise
             notes = tuple(x for x in getattr(exc, "__notes__", ()) if type(x) is str)
             return data, notes, exc.__suppress_context__, group
-        except BaseException:  # all of it is foreign code
+        except BaseException as error:  # all of it is foreign code
+            if len(self.seen) == 1:
+                self.why = _reason(error)
             return None
 
     def member(self, exc: BaseException) -> Member:
@@ -226,11 +244,17 @@ def _is_plain(cls: type[ExceptionGroup[Any]]) -> bool:
     )
 
 
-def _load_chain(chain: Chain, codec: Codec, stage: str) -> Exception | None:
-    """The first exception of a chain, with its causes as far as they load."""
+def _load_chain(
+    chain: Chain, codec: Codec, stage: str, reasons: list[str]
+) -> Exception | None:
+    """The first exception of a chain, with its causes as far as they load.
+
+    Args:
+        reasons: Gets why the next one did not.
+    """
     first = last = None
     for link in chain:
-        exc = _load(link, codec, stage)
+        exc = _load(link, codec, stage, reasons)
         if exc is None:
             break
         if last is None:
@@ -247,7 +271,7 @@ def _link(exc: BaseException, cause: BaseException) -> None:
     _set_suppress(exc, suppress)
 
 
-def _load(link: Link, codec: Codec, stage: str) -> Exception | None:
+def _load(link: Link, codec: Codec, stage: str, reasons: list[str]) -> Exception | None:
     data, notes, suppress, group = link
     try:
         if group is None:
@@ -260,7 +284,8 @@ def _load(link: Link, codec: Codec, stage: str) -> Exception | None:
             exc.__notes__ = list(notes)  # its own way to pickle has left them out
     except KeyboardInterrupt:
         raise
-    except BaseException:  # its constructor is foreign code
+    except BaseException as error:  # its constructor is foreign code
+        reasons.append(_reason(error))
         return None
     _set_suppress(exc, suppress)
     return exc
@@ -272,7 +297,7 @@ def _load_group(data: bytes, group: Group, codec: Codec, stage: str) -> object:
     plain, message, members = group
     loaded: list[Exception] = []
     for chain, type_, text in members:
-        member = _load_chain(chain, codec, stage)
+        member = _load_chain(chain, codec, stage, [])
         loaded.append(RemoteError(stage, type_, text) if member is None else member)
     try:
         found = codec.loads(data)
