@@ -214,7 +214,8 @@ binding_get_umask(PyObject *module, PyObject *unused)
     }
     file = fopen("/proc/self/status", "re");
     if (!file)
-        return binding_oserror(-errno);
+        return PyErr_SetFromErrnoWithFilename(PyExc_OSError,
+                                              "/proc/self/status");
     while (!found && fgets(line, sizeof line, file))
         found = sscanf(line, "Umask: %o", &mask) == 1;
     fclose(file);
