@@ -154,7 +154,16 @@ class Mortal(State):
             if number == signal.SIGKILL:
                 self.was_logged = True  # its end is no news
             if self.pidfd < 0:
-                self._open_pidfd()
+                try:
+                    self._open_pidfd()
+                except OSError:
+                    # No descriptor is left, which may be why it is killed. As
+                    # its start, it is waited for as long as a loop runs.
+                    if not hub().attached():
+                        raise
+                    self.signals = (*self.signals, number)
+                    hub().later(GRACE, self._deliver_queued)
+                    return
             # Until it has become what it was asked to, it swallows signals.
             becoming = self.claimed and not (self.running or self.executed)
             if self.pid is None or (becoming and number != signal.SIGKILL):

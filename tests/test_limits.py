@@ -172,6 +172,22 @@ def test_a_pidfd_that_does_not_fit_is_made_later_or_not_needed(arun):
     arun(main)
 
 
+def test_a_signal_waits_for_a_descriptor(arun):
+    """Whatever kills a process in a callback could do nothing with an error."""
+
+    async def main():
+        await echo()
+        f = afork.Fork.new().eval("import time\ndef f(sock): time.sleep(1000)")
+        with free_slots(0):
+            sock = await f.run("f")
+            f.kill()
+            assert f.returncode is None
+        sock.close()
+        assert await f.wait() == -9
+
+    arun(main)
+
+
 # -- in the template
 
 
