@@ -113,8 +113,8 @@ class RemoteError(AforkError):
     """Code in the process raised.
 
     Attributes:
-        stage: What was being done: ``"eval"``, ``"require"``, ``"set"``
-            or ``"run"``.
+        stage: What was being done: ``"eval"``, ``"require"``, ``"set"``,
+            ``"init"`` or ``"run"``.
         type: Name of the exception's class, qualified unless it is a builtin.
         message: ``str()`` of the exception.
         traceback: The process's own traceback as text, ending in a newline,
