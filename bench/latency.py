@@ -84,14 +84,14 @@ def one() -> list[Entry]:
 
 def ready() -> list[Entry]:
     floors = [
-        ("blocking", "floor: a Python process waits, send and recv block", {}),
-        ("loop", "floor: the same, asyncio's sock_sendall, sock_recv", {}),
-        ("loop", "floor: the same, uvloop's", UVLOOP),
-        ("reader", "floor: the same, asyncio's add_reader", {}),
-        ("reader", "floor: the same, uvloop's", UVLOOP),
-        ("pass", "floor: asyncio, and a socket pair's end is passed", {}),
-        ("pass", "floor: the same, uvloop", UVLOOP),
-        ("once", "floor: asyncio, the same, to a fork that serves once", {}),
+        ("blocking", "floor: Python waits; send, recv", {}),
+        ("loop", "floor: Python waits; asyncio's sock_sendall, sock_recv", {}),
+        ("loop", "floor: Python waits; uvloop's sock_sendall, sock_recv", UVLOOP),
+        ("reader", "floor: Python waits; asyncio's add_reader", {}),
+        ("reader", "floor: Python waits; uvloop's add_reader", UVLOOP),
+        ("pass", "floor: a socket pair's end passed as well; asyncio", {}),
+        ("pass", "floor: a socket pair's end passed as well; uvloop", UVLOOP),
+        ("once", "floor: passed to a fork that serves once; asyncio", {}),
     ]
     ways = [
         (
@@ -171,14 +171,15 @@ def aims(results: Results) -> list[Row]:
             targets.at_least(f"({name})", None, over(one, other))
             for name, one, other in (
                 ("spare / ping-pong in Python", spare, "ready-blocking"),
-                ("asyncio, passing an end / C", "ready-pass", "ready-pong"),
-                ("asyncio, to a fork of its own / C", "ready-once", "ready-pong"),
-                ("spare / asyncio, to a fork of its own", spare, "ready-once"),
+                ("floor, asyncio / ping-pong of C", "ready-loop", "ready-pong"),
+                ("floor, end passed / ping-pong of C", "ready-pass", "ready-pong"),
+                ("floor, serves once / ping-pong of C", "ready-once", "ready-pong"),
+                ("spare / floor, serves once", spare, "ready-once"),
             )
         ),
         targets.at_least("cold / spare, p50", 5, over("one-afork", spare)),
         targets.at_least(
-            "(cold / asyncio, to a fork of its own)",
+            "(cold / floor, serves once)",
             None,
             over("one-afork", "ready-once"),
         ),

@@ -121,7 +121,7 @@ def pebble(goal: Goal) -> Sample:
     concurrent = load("pebble").concurrent
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([afork_bench_target.__name__])
-    call = concurrent.process(mp_context=context)(afork_bench_target.leave)
+    call = concurrent.process(context=context)(afork_bench_target.leave)
     return one_by_one(lambda: call().result(), goal)
 
 

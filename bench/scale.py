@@ -30,7 +30,11 @@ from meter import Sample
 
 GAP = 0.002  # seconds in which the last worker ends, where starts are timed one by one
 SIZES = (20, 200, 1024, 4096)
-EVERY_SIZE = ("c", "os-fork", "afork")  # of the others the smallest and the largest
+#: Those of which two sizes are enough to see that they do not depend on it.
+FLAT = {
+    "forkserver": (20, 4096),
+    **dict.fromkeys(("billiard", "pebble", "loky"), (20, 1024)),
+}
 BURSTS = (100, 1000)
 LIVE = (0, 100, 1000, 5000)
 
@@ -69,7 +73,7 @@ def applications() -> list[Entry]:
         )
         for mb in SIZES
         for key, label, command in ways
-        if key in EVERY_SIZE or mb in (SIZES[0], SIZES[-1])
+        if mb in FLAT.get(key, SIZES)
     ]
 
 

@@ -134,13 +134,13 @@ def many(n: str, goal: Goal) -> Sample:
 
     async def main() -> Sample:
         template = await afork.Fork.new_exec().eval(CODE).ready()
-        bare_ms = bare() * 1e3
         await burst(template)
+        gc.collect()
+        bare_ms = bare() * 1e3
         sample = await burst(template)
         watched = await burst(template, watch=True)
         return {**sample, "bare_ms": bare_ms, "stall_ms": watched["stall_ms"]}
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    gc.collect()
     return run_async(main)

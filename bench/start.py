@@ -21,5 +21,6 @@ if __name__ == "__main__":
             table.summary,
             table.render,
             targets.targets,
+            seconds=0.4,
         )
     )

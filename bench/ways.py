@@ -212,7 +212,7 @@ class Pebble(Fifo):
 
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([target.__name__])
-        self._say = asynchronous.process(mp_context=context)(target.say)
+        self._say = asynchronous.process(context=context)(target.say)
 
     async def start(self) -> None:
         future = self._say(self.path)
