@@ -14,9 +14,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import rounds
+
 Row = dict[str, Any]
 
-HERE = Path(__file__).resolve().parent
 HEAVY = ("numpy", "pandas")
 NUMBERS = (1, 100, 1000)
 FEW = NUMBERS[:2]  # of what takes long to start, or has much in it
@@ -97,7 +98,12 @@ async def ours(n: int, modules: tuple[str, ...] = ()) -> Row:
 def theirs(command: list[str]) -> Row:
     """Of a program that prints its workers' process ids, and ends with its stdin."""
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=rounds.HERE,
+        env=rounds.environment(),
     ) as process:
         assert process.stdout is not None
         pids = []
@@ -105,13 +111,14 @@ def theirs(command: list[str]) -> Row:
             pids.append(int(line))
         if pids:
             return summed(pids)
-    # The last line of its standard error is on ours.
+    # What it had to say is on our standard error.
     raise RuntimeError(f"{command}: no worker, status {process.returncode}")
 
 
 def peer(way: str, n: int, modules: tuple[str, ...] = ()) -> Row:
-    script = str(HERE / "living_peers.py")
-    return theirs([sys.executable, script, way, ",".join(modules), str(n)])
+    # A main file would be run again in each worker of a forkserver.
+    code = "import living_peers; living_peers.main()"
+    return theirs([sys.executable, "-c", code, way, ",".join(modules), str(n)])
 
 
 def ways(limits: Path | None) -> dict[str, tuple[str, Callable[[], Row] | str]]:
@@ -145,7 +152,7 @@ def ways(limits: Path | None) -> dict[str, tuple[str, Callable[[], Row] | str]]:
     return found
 
 
-def measure(limits: Path | None, rounds: int) -> dict[str, Row]:
+def measure(limits: Path | None, number: int) -> dict[str, Row]:
     """{key: row} of medians, or why there are none; ``limits`` is limits_first.
 
     ``of_limit`` is the PSS by that of as many children in C in the same round; ``all``
@@ -153,7 +160,7 @@ def measure(limits: Path | None, rounds: int) -> dict[str, Row]:
     """
     found = ways(limits)
     every: dict[str, list[Row]] = {key: [] for key in found}
-    for _ in range(rounds):
+    for _ in range(number):
         for key, (_, way) in found.items():
             if not isinstance(way, str):
                 every[key].append(way())

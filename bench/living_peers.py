@@ -1,7 +1,8 @@
 """Workers of the peers that live until this process is told to end, for living.py.
 
-``python living_peers.py WAY MODULES N`` imports the modules, starts N workers, prints
-their process ids when all are at work, and ends with its standard input.
+``python -c "import living_peers; living_peers.main()" WAY MODULES N`` imports the
+modules, starts N workers, prints their process ids when all are at work, and ends with
+its standard input.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ def os_fork(folder: str, n: int) -> Callable[[], object]:
     return end
 
 
-def _forkserver(package: str = "multiprocessing") -> Any:
+def _forkserver(package: str, *modules: str) -> Any:
     context = load(package).get_context("forkserver")
-    context.set_forkserver_preload([target.__name__])
+    context.set_forkserver_preload([target.__name__, *modules])
     return context
 
 
@@ -57,7 +58,9 @@ def processes(package: str) -> Start:
 
 
 def pebble(folder: str, n: int) -> Callable[[], object]:
-    pool = load("pebble").ProcessPool(n, context=_forkserver())
+    pool = load("pebble").ProcessPool(
+        n, context=_forkserver("multiprocessing", "pebble")
+    )
     for _ in range(n):
         pool.schedule(target.hold, args=(folder,))
 
@@ -101,7 +104,3 @@ def main() -> None:
         sys.stdin.read()
         os.close(wait)
         end()
-
-
-if __name__ == "__main__":
-    main()

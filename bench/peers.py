@@ -120,7 +120,7 @@ def pebble(goal: Goal) -> Sample:
     """Its decorator: each call has a process of its own."""
     concurrent = load("pebble").concurrent
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([afork_bench_target.__name__])
+    context.set_forkserver_preload(["pebble", afork_bench_target.__name__])
     call = concurrent.process(context=context)(afork_bench_target.leave)
     return one_by_one(lambda: call().result(), goal)
 

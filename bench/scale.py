@@ -30,11 +30,9 @@ from meter import Sample
 
 GAP = 0.002  # seconds in which the last worker ends, where starts are timed one by one
 SIZES = (20, 200, 1024, 4096)
-#: Those of which two sizes are enough to see that they do not depend on it.
-FLAT = {
-    "forkserver": (20, 4096),
-    **dict.fromkeys(("billiard", "pebble", "loky"), (20, 1024)),
-}
+#: Of the others two sizes are enough to see that it is the same with each.
+FLAT = {"forkserver": (20, 4096), "billiard": (20, 1024), "pebble": (20, 1024)}
+FLAT["loky"] = FLAT["pebble"]
 BURSTS = (100, 1000)
 LIVE = (0, 100, 1000, 5000)
 

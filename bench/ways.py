@@ -211,7 +211,7 @@ class Pebble(Fifo):
         from pebble import asynchronous
 
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([target.__name__])
+        context.set_forkserver_preload(["pebble", target.__name__])
         self._say = asynchronous.process(context=context)(target.say)
 
     async def start(self) -> None:
