@@ -59,23 +59,11 @@ pause_us(long us)
         nanosleep(&ts, NULL);
 }
 
-static double
-seconds_of(const struct timeval *tv)
-{
-    return (double)tv->tv_sec + (double)tv->tv_usec * 1e-6;
-}
-
 /* CPU time of this process and of the children that it has waited for. */
 static double
 cpu_now(void)
 {
-    struct rusage own, theirs;
-
-    if (getrusage(RUSAGE_SELF, &own) < 0 ||
-        getrusage(RUSAGE_CHILDREN, &theirs) < 0)
-        die("getrusage");
-    return seconds_of(&own.ru_utime) + seconds_of(&own.ru_stime) +
-           seconds_of(&theirs.ru_utime) + seconds_of(&theirs.ru_stime);
+    return cpu_of(RUSAGE_SELF) + cpu_of(RUSAGE_CHILDREN);
 }
 
 /* Fork a child that sends a byte and ends. */
