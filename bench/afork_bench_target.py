@@ -49,3 +49,19 @@ def meet(address: str) -> int:
 def first(connection: object) -> None:
     """Send the byte by which a worker counts as started."""
     os.write(connection.fileno(), b"x")  # type: ignore[attr-defined]
+
+
+def say(path: str) -> None:
+    """The same at a FIFO."""
+    fd = os.open(path, os.O_WRONLY)
+    os.write(fd, b"x")
+    os.close(fd)
+
+
+def hold(folder: str) -> None:
+    """Tell the process id at one FIFO, and wait at another for its writers' end."""
+    wait = os.open(f"{folder}/wait", os.O_RDONLY)
+    tell = os.open(f"{folder}/tell", os.O_WRONLY)
+    os.write(tell, b"%8d" % os.getpid())
+    os.close(tell)
+    os.read(wait, 1)

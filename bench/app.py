@@ -43,12 +43,13 @@ def grow(mb: int) -> mmap.mmap | None:
 
 
 def run(function: str, goal: Goal, mb: int) -> Sample:
+    function, *words = function.split(":")
     module, _, name = function.partition(".")
     contender = getattr(importlib.import_module(module), name)
     ballast = grow(mb)
     resident = rss() >> 20
     try:
-        sample: Sample = contender(goal)
+        sample: Sample = contender(*words, goal)
     except Unavailable as reason:
         return {"skip": str(reason)}
     del ballast  # alive until here
@@ -57,7 +58,7 @@ def run(function: str, goal: Goal, mb: int) -> Sample:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="app")
-    parser.add_argument("function", help="module.function of this folder")
+    parser.add_argument("function", help="module.function:argument:..., of this folder")
     parser.add_argument("--mb", type=int, default=0)
     parser.add_argument("--inflight", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1.0)

@@ -17,18 +17,19 @@ QUEUE = "100,000 calls that wait for one worker"
 
 INFLIGHT = 64
 
+#: Key, label, function of call_peers; {} is how the processes are placed.
 _CALLS = (
-    ("rpc", "afork rpc", "one_rpc"),
-    ("rpc-uvloop", "afork rpc, uvloop", "one_rpc_uvloop"),
-    ("pool", "afork Pool", "one_pool"),
-    ("pool-uvloop", "afork Pool, uvloop", "one_pool_uvloop"),
-    ("ppe", "ProcessPoolExecutor", "peer_ppe"),
+    ("rpc", "afork rpc", "{}_rpc"),
+    ("rpc-uvloop", "afork rpc, uvloop", "{}_rpc_uvloop"),
+    ("pool", "afork Pool", "{}_pool"),
+    ("pool-uvloop", "afork Pool, uvloop", "{}_pool_uvloop"),
+    ("ppe", "ProcessPoolExecutor", "blocking:ppe"),
     ("ppe-asyncio", "the same through run_in_executor", "ppe_asyncio"),
-    ("mp-pool", "multiprocessing.Pool", "peer_mp_pool"),
-    ("loky", "loky", "peer_loky"),
-    ("pebble", "pebble", "peer_pebble"),
-    ("billiard", "billiard", "peer_billiard"),
-    ("execnet", "execnet", "peer_execnet"),
+    ("mp-pool", "multiprocessing.Pool", "blocking:mp-pool"),
+    ("loky", "loky", "blocking:loky"),
+    ("pebble", "pebble", "blocking:pebble"),
+    ("billiard", "billiard", "blocking:billiard"),
+    ("execnet", "execnet", "blocking:execnet"),
     ("anyio", "anyio.to_process", "anyio"),
     ("trio", "trio-parallel", "trio"),
 )
@@ -36,50 +37,90 @@ _CALLS = (
 #: Keys of those that "ahead of every peer" means.
 PEERS = tuple(key for key, _, _ in _CALLS if not key.startswith(("rpc", "pool")))
 
-_OTHERS = (
-    ("bulk-array", BULK, "pool", "afork Pool, array", "bulk_array_pool"),
-    ("bulk-array", BULK, "ppe", "ProcessPoolExecutor, array", "bulk_array_ppe"),
+#: Scenario, group of the key; then the rest of the key, label, function.
+_OTHERS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     (
-        "bulk-array",
         BULK,
-        "mp-pool",
-        "multiprocessing.Pool, array",
-        "bulk_array_mp_pool",
+        "bulk-array",
+        (
+            ("pool", "afork Pool, array", "call_bulk.ours:array"),
+            ("ppe", "ProcessPoolExecutor, array", "call_bulk.copied:array:ppe"),
+            (
+                "mp-pool",
+                "multiprocessing.Pool, array",
+                "call_bulk.copied:array:mp-pool",
+            ),
+            ("loky", "loky, array", "call_bulk.copied:array:loky"),
+            ("pebble", "pebble, array", "call_bulk.copied:array:pebble"),
+        ),
     ),
-    ("bulk-array", BULK, "loky", "loky, array", "bulk_array_loky"),
-    ("bulk-array", BULK, "pebble", "pebble, array", "bulk_array_pebble"),
-    ("bulk-bytes", BULK, "pool", "afork Pool, bytearray", "bulk_bytes_pool"),
-    ("bulk-bytes", BULK, "ppe", "ProcessPoolExecutor, bytearray", "bulk_bytes_ppe"),
-    ("shared", SHARED, "1", "afork Pool, 1 MiB", "shared_1"),
-    ("shared", SHARED, "256", "afork Pool, 256 MiB", "shared_256"),
-    ("cold", COLD, "pool", "afork Pool", "cold_pool"),
-    ("cold", COLD, "ppe", "ProcessPoolExecutor", "cold_ppe"),
-    ("cold", COLD, "loky", "loky (no preload)", "cold_loky"),
-    ("cold", COLD, "pebble", "pebble", "cold_pebble"),
-    ("lost-kill", LOST, "pool", "afork Pool, killed", "lost_pool_kill"),
     (
-        "lost-kill",
-        LOST,
-        "ppe",
-        "ProcessPoolExecutor made anew, killed",
-        "lost_ppe_kill",
+        BULK,
+        "bulk-bytes",
+        (
+            ("pool", "afork Pool, bytearray", "call_bulk.ours:bytearray"),
+            ("ppe", "ProcessPoolExecutor, bytearray", "call_bulk.copied:bytearray:ppe"),
+        ),
     ),
-    ("lost-kill", LOST, "loky", "loky reusable executor, killed", "lost_loky_kill"),
-    ("lost-kill", LOST, "pebble", "pebble, killed", "lost_pebble_kill"),
-    ("lost-cancel", LOST, "pool", "afork Pool, cancelled", "lost_pool_cancel"),
-    ("lost-cancel", LOST, "pebble", "pebble, cancelled", "lost_pebble_cancel"),
-    ("lost-cancel", LOST, "anyio", "anyio.to_process, cancelled", "lost_anyio_cancel"),
-    ("lost-cancel", LOST, "trio", "trio-parallel, cancelled", "lost_trio_cancel"),
-)
-
-_QUEUES = (
-    ("bare", "bare futures", "bare"),
-    ("rpc", "afork rpc", "rpc_rss"),
-    ("rpc-traced", "afork rpc, tracemalloc", "rpc_traced"),
-    ("pool", "afork Pool", "pool_rss"),
-    ("pool-traced", "afork Pool, tracemalloc", "pool_traced"),
-    ("ppe", "ProcessPoolExecutor, 20,000", "ppe_rss"),
-    ("ppe-traced", "ProcessPoolExecutor, 20,000, tracemalloc", "ppe_traced"),
+    (
+        SHARED,
+        "shared",
+        (
+            ("1", "afork Pool, 1 MiB", "call_bulk.shared:1"),
+            ("256", "afork Pool, 256 MiB", "call_bulk.shared:256"),
+        ),
+    ),
+    (
+        COLD,
+        "cold",
+        (
+            ("pool", "afork Pool", "call_cold.ours"),
+            ("ppe", "ProcessPoolExecutor", "call_cold.blocking:ppe"),
+            ("loky", "loky (no preload)", "call_cold.blocking:loky"),
+            ("pebble", "pebble", "call_cold.blocking:pebble"),
+        ),
+    ),
+    (
+        LOST,
+        "lost-kill",
+        (
+            ("pool", "afork Pool, killed", "call_lost.pool_lost:killed"),
+            (
+                "ppe",
+                "ProcessPoolExecutor made anew, killed",
+                "call_lost.executor_killed",
+            ),
+            ("loky", "loky reusable executor, killed", "call_lost.loky_killed"),
+            ("pebble", "pebble, killed", "call_lost.pebble_lost:killed"),
+        ),
+    ),
+    (
+        LOST,
+        "lost-cancel",
+        (
+            ("pool", "afork Pool, cancelled", "call_lost.pool_lost:cancelled"),
+            ("pebble", "pebble, cancelled", "call_lost.pebble_lost:cancelled"),
+            ("anyio", "anyio.to_process, cancelled", "call_lost.anyio_cancelled"),
+            ("trio", "trio-parallel, cancelled", "call_lost.trio_cancelled"),
+        ),
+    ),
+    (
+        QUEUE,
+        "queue",
+        (
+            ("bare", "bare futures", "call_queue.bare"),
+            ("rpc", "afork rpc", "call_queue.rpc_rss"),
+            ("rpc-traced", "afork rpc, tracemalloc", "call_queue.rpc_traced"),
+            ("pool", "afork Pool", "call_queue.pool_rss"),
+            ("pool-traced", "afork Pool, tracemalloc", "call_queue.pool_traced"),
+            ("ppe", "ProcessPoolExecutor, 20,000", "call_queue.ppe_rss"),
+            (
+                "ppe-traced",
+                "ProcessPoolExecutor, 20,000, tracemalloc",
+                "call_queue.ppe_traced",
+            ),
+        ),
+    ),
 )
 
 
@@ -104,19 +145,17 @@ def contenders() -> list[Contender]:
         label = f"afork {name}, processors as the kernel likes"
         listed.append(Contender(f"one/{key}-free", label, ONE, command))
     for key, label, function in _CALLS:
-        command = app_command(f"call_peers.{function}")
+        command = app_command(f"call_peers.{function.format('one')}")
         listed.append(Contender(f"one/{key}", label, ONE, command))
         if key not in PEERS:
-            name = function.replace("one_", "together_")
-            command = app_command(f"call_peers.{name}")
+            command = app_command(f"call_peers.{function.format('together')}")
             listed.append(Contender(f"together/{key}", label, TOGETHER, command))
     for key, label, function in (
         *_CALLS,
         ("rpc-window", "afork rpc, a window of futures", "rpc_window"),
     ):
         # A pool sends one worker at most `load` calls, and 1 by default.
-        name = function.replace("one_", "many_")
-        command = app_command(f"call_peers.{name}", INFLIGHT)
+        command = app_command(f"call_peers.{function.format('many')}", INFLIGHT)
         listed.append(Contender(f"many/{key}", label, MANY, command, INFLIGHT))
     listed.append(
         # No pool can be faster from nothing than its template imports numpy.
@@ -127,10 +166,8 @@ def contenders() -> list[Contender]:
             limits_command("spawn", program=[sys.executable, "-c", _NUMPY]),
         )
     )
-    for group, scenario, key, label, function in _OTHERS:
-        command = app_command(f"call_peers.{function}")
-        listed.append(Contender(f"{group}/{key}", label, scenario, command))
-    for key, label, function in _QUEUES:
-        command = app_command(f"call_queue.{function}")
-        listed.append(Contender(f"queue/{key}", label, QUEUE, command))
-    return listed
+    return listed + [
+        Contender(f"{group}/{key}", label, scenario, app_command(function))
+        for scenario, group, rows in _OTHERS
+        for key, label, function in rows
+    ]

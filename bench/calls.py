@@ -7,18 +7,13 @@ alternate. See ``--help``.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import call_targets
-import record
-import rounds
+import part
 import table
 from call_contenders import (
     BULK,
@@ -31,52 +26,11 @@ from call_contenders import (
     TOGETHER,
     contenders,
 )
-from contenders import Contender, Job
+from contenders import Contender
 from meter import Sample
 from targets import Results, Row, rate, ratios
 
 Cell = tuple[str, Callable[[list[Sample]], str]]
-
-
-def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="How much calls cost.")
-    parser.add_argument("--rounds", type=int, help="alternating rounds (3)")
-    parser.add_argument(
-        "--seconds", type=float, help="measured seconds per contender and round (0.5)"
-    )
-    parser.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="contenders whose key has this",
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="1 round of 0.1 s: does it run, not how fast is it",
-    )
-    parser.add_argument(
-        "--list", action="store_true", help="print the contenders' keys"
-    )
-    parser.add_argument(
-        "--rst", action="store_true", help="print the tables in reStructuredText"
-    )
-    parser.add_argument(
-        "--render",
-        action="store_true",
-        help="print what the JSON file has, run nothing",
-    )
-    parser.add_argument(
-        "--json", type=Path, default=record.path("calls"), metavar="FILE"
-    )
-    args = parser.parse_args()
-    args.rounds = args.rounds or (1 if args.quick else 3)
-    args.seconds = args.seconds or (0.1 if args.quick else 0.5)
-    return args
-
-
-# -- tables
 
 
 def _middle(samples: list[Sample], value: Callable[[Sample], float | None]) -> Any:
@@ -184,83 +138,25 @@ def summary(chosen: list[Contender], results: Results) -> dict[str, Row]:
     return rows
 
 
-def head(about: Row) -> str:
-    versions = ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items())
-    return (
-        f"{about['date']}  {about['cpus']} x {about['cpu']}, "
-        f"{about['memory_mb']} MB, Linux {about['kernel']}, {about['libc']}\n"
-        f"python {about['python']}, {versions}\n"
-        f"load {about['load_before'][0]:.2f} before, {about['rounds']} alternating "
-        f"rounds of {about['seconds']:g} s, medians, took {about['took_s']:.0f} s"
-    )
-
-
-def render(about: Row, tables: dict[str, list[list[str]]], aims: list[Row]) -> str:
-    blocks = [head(about)]
-    for scenario, (header, *rows) in tables.items():
-        blocks.append("\n".join([scenario, *table.columns(header, rows)]))
-    blocks.append("\n".join(table.target_lines(aims)))
-    return "\n\n".join(blocks)
-
-
-def render_rst(tables: dict[str, list[list[str]]]) -> str:
-    """The same as list-tables; who could not run is left out."""
-    blocks = []
-    for scenario, (header, *rows) in tables.items():
-        widths = [46, *[max(12, 54 // (len(header) - 1))] * (len(header) - 1)]
-        lines = [
-            ".. list-table::",
-            "   :header-rows: 1",
-            f"   :widths: {' '.join(map(str, widths))}",
-            "",
-        ]
-        for row in [[scenario, *header[1:]], *(r for r in rows if len(r) > 2)]:
-            lines += [
-                f"   {'* -' if at == 0 else '  -'} {cell}".rstrip()
-                for at, cell in enumerate(row)
-            ]
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
-
-
-def show(document: dict[str, Any], rst: bool) -> None:
-    results: Results = document["samples"]
+def render(_: dict[str, Row], results: Results) -> list[str]:
     known = [one for one in contenders() if one.key in results]
-    tables = {}
+    blocks = []
     for scenario in CELLS:
         chosen = [one for one in known if one.scenario == scenario]
         if chosen:
-            tables[scenario] = _lines(scenario, chosen, results)
-    aims = call_targets.targets(results)
-    if len(known) < len(contenders()):  # --only: no list of what was not measured
-        aims = [row for row in aims if row["value"] is not None]
-    print(render_rst(tables) if rst else render(document["about"], tables, aims))
-
-
-def main() -> int:
-    args = options()
-    if args.render:
-        show(json.loads(args.json.read_text()), args.rst)
-        return 0
-    chosen = rounds.select(contenders(), args.only)
-    if args.list:
-        print("\n".join(one.key for one in chosen))
-        return 0
-    if not chosen:
-        print("calls.py: --only matches nothing (see --list)", file=sys.stderr)
-        return 2
-    job = Job(rounds.build_limits(record.BUILD / "bench"), args.seconds, 0)
-    about = record.about(rounds=args.rounds, seconds=args.seconds, quick=args.quick)
-    begin = time.monotonic()
-    results = rounds.measure(chosen, job, args.rounds)
-    about["took_s"] = round(time.monotonic() - begin, 1)
-    about["versions"] = rounds.versions(results)
-    aims = call_targets.targets(results)
-    document = record.document(about, summary(chosen, results), aims, results)
-    show(document, args.rst)
-    record.write(args.json, document)
-    return 1 if rounds.failed(results) else 0
+            header, *rows = _lines(scenario, chosen, results)
+            blocks.append("\n".join([scenario, *table.columns(header, rows)]))
+    return blocks
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(
+        part.main(
+            "calls",
+            __doc__,
+            contenders(),
+            summary,
+            render,
+            call_targets.targets,
+        )
+    )

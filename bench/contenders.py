@@ -69,7 +69,7 @@ def limits_command(
     return command
 
 
-def _same_image(inflight: int) -> Callable[[Job], list[str]]:
+def same_image_command(inflight: int) -> Callable[[Job], list[str]]:
     def command(job: Job) -> list[str]:
         if job.limits is None:
             raise Unavailable("no C compiler")
@@ -85,32 +85,28 @@ def _same_image(inflight: int) -> Callable[[Job], list[str]]:
     return command
 
 
-def _lean(inflight: int) -> Callable[[Job], list[str]]:
+def lean_command(inflight: int, gap: float = 0.0) -> Callable[[Job], list[str]]:
+    """With a gap: the time to each first byte."""
     script = str(HERE / "lean_fork.py")
-    return lambda job: [
-        sys.executable,
-        "-I",
-        "-S",
-        script,
-        str(inflight),
-        str(job.seconds),
-        str(job.count),
-    ]
+
+    def command(job: Job) -> list[str]:
+        options = [inflight, job.seconds, job.count, *([gap] if gap else [])]
+        return [sys.executable, "-I", "-S", script, *map(str, options)]
+
+    return command
 
 
-def _perl(method: str, inflight: int) -> Callable[[Job], list[str]]:
+def perl_command(
+    method: str, inflight: int, gap: float = 0.0
+) -> Callable[[Job], list[str]]:
+    """With a gap: the time to each first byte."""
+
     def command(job: Job) -> list[str]:
         perl = shutil.which("perl")
         if perl is None:
             raise Unavailable("no perl")
-        return [
-            perl,
-            str(HERE / "anyevent_fork.pl"),
-            method,
-            str(inflight),
-            str(job.seconds),
-            str(job.count),
-        ]
+        options = [method, inflight, job.seconds, job.count, *([gap] if gap else [])]
+        return [perl, str(HERE / "anyevent_fork.pl"), *map(str, options)]
 
     return command
 
@@ -148,13 +144,13 @@ def _workers() -> list[Contender]:
             lambda k: limits_command("fork", k, 5),
             0,
         ),
-        ("c-image", "C: the same, in our template's image", _same_image, 0),
-        ("os-fork", "os.fork, python -I -S", _lean, 0),
-        ("perl-new", "Perl AnyEvent::Fork->new", lambda k: _perl("new", k), 0),
+        ("c-image", "C: the same, in our template's image", same_image_command, 0),
+        ("os-fork", "os.fork, python -I -S", lean_command, 0),
+        ("perl-new", "Perl AnyEvent::Fork->new", lambda k: perl_command("new", k), 0),
         (
             "perl-exec",
             "Perl AnyEvent::Fork->new_exec",
-            lambda k: _perl("new_exec", k),
+            lambda k: perl_command("new_exec", k),
             0,
         ),
         (
@@ -164,9 +160,21 @@ def _workers() -> list[Contender]:
             SMALL,
         ),
         (
+            "billiard",
+            "billiard forkserver",
+            lambda k: app_command("peers.billiard", k),
+            SMALL,
+        ),
+        (
             "afork-new",
             "afork Fork.new",
             lambda k: app_command("peers.afork_new", k),
+            SMALL,
+        ),
+        (
+            "afork-new-uvloop",
+            "afork Fork.new, uvloop",
+            lambda k: app_command("peers.afork_new_uvloop", k),
             SMALL,
         ),
         (
@@ -200,6 +208,13 @@ def _workers() -> list[Contender]:
             app_command("peers.forkserver", script=True),
             SMALL,
         ),
+        (
+            "pebble/1",
+            "pebble concurrent.process, preloaded",
+            app_command("peers.pebble"),
+            SMALL,
+        ),
+        ("loky/1", "loky, a pool of one", app_command("peers.loky"), SMALL),
         ("spawn/1", "multiprocessing spawn", app_command("peers.spawn"), SMALL),
         (
             "afork-new@1g/1",

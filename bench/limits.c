@@ -52,24 +52,11 @@ struct meter {
     long count;
 };
 
-/* CPU time of this process alone: children that were waited for are not in it.
- */
-static double
-cpu_now(void)
-{
-    struct rusage usage;
-
-    if (getrusage(RUSAGE_SELF, &usage) < 0)
-        die("getrusage");
-    return (double)(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
-           (double)(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) * 1e-6;
-}
-
 static void
 meter_begin(struct meter *meter, const struct options *options)
 {
     meter->begin = now();
-    meter->cpu_begin = cpu_now();
+    meter->cpu_begin = cpu_of(RUSAGE_SELF); /* children are not in it */
     meter->until = meter->begin + options->seconds;
     meter->started = 0;
     meter->count = options->count;
@@ -89,7 +76,7 @@ static void
 meter_print(const struct meter *meter)
 {
     double seconds = now() - meter->begin;
-    double cpu = cpu_now() - meter->cpu_begin;
+    double cpu = cpu_of(RUSAGE_SELF) - meter->cpu_begin;
 
     printf("{\"n\": %ld, \"seconds\": %.6f, \"cpu_us\": %.3f}\n",
            meter->started, seconds,

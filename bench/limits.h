@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <time.h>
 
 enum { LIMITS_PAGE = 4096 };
@@ -27,6 +28,18 @@ now(void)
     if (clock_gettime(CLOCK_MONOTONIC, &ts) < 0)
         die("clock_gettime");
     return (double)ts.tv_sec + (double)ts.tv_nsec * 1e-9;
+}
+
+/* CPU seconds: RUSAGE_SELF, or RUSAGE_CHILDREN for those waited for. */
+static inline double
+cpu_of(int who)
+{
+    struct rusage usage;
+
+    if (getrusage(who, &usage) < 0)
+        die("getrusage");
+    return (double)(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
+           (double)(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) * 1e-6;
 }
 
 /* Ordinary pages whatever the machine's huge page setting says: fork pays for

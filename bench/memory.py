@@ -7,7 +7,7 @@
    private memory beyond what a worker allocates itself, and the time of the scan
    against the same scan in the template;
 3. the memory of one idle worker among 1, 100 and 1,000, beside bare children in C,
-   and with numpy and pandas preloaded (living.py).
+   and those of the peers; with numpy and pandas preloaded (living.py).
 
 The ways alternate; printed are medians. See ``--help``.
 """
@@ -245,7 +245,7 @@ def rows_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "second_scan_over_template": row["second_scan_over_template"],
         }
     for key, row in result["living"].items():
-        rows[f"workers/{key}"] = row
+        rows[f"workers/{key}"] = {k: v for k, v in row.items() if k != "all"}
     return rows
 
 
@@ -260,11 +260,9 @@ def aims(result: dict[str, Any]) -> list[dict[str, Any]]:
     if sys.version_info < (3, 12):
         frozen = []  # nothing is immortal there: gc.freeze() only
     alive = result["living"]
-    idle = [one["pss_mb"] for key in ("afork/100",) if "pss_mb" in (one := alive[key])]
+    idle = [one["pss_mb"] for one in alive["afork/100"]["all"]]
     heavy = [
-        one["private_mb"] * 1e6 / (1 << 20)
-        for key in ("afork-pandas/100",)
-        if "private_mb" in (one := alive[key])
+        one["private_mb"] * 1e6 / (1 << 20) for one in alive["afork-pandas/100"]["all"]
     ]
     private = [row["private_mib"] for row in frozen]
     scan = [row["first_scan_over_template"] for row in frozen]
@@ -294,6 +292,7 @@ TABLES = {
         "private_max_mb",
         "vmpte_kb",
         "template_pss_mb",
+        "of_limit",
     ),
 }
 
@@ -328,6 +327,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[0, 150, 1000])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="of each round")
+    parser.add_argument("--living-rounds", type=int, default=3, help="of part 3")
     parser.add_argument("--workers", type=int, default=20)
     parser.add_argument("--json", type=Path, default=record.path("memory"))
     args = parser.parse_args()
@@ -335,7 +335,7 @@ def main() -> None:
     about = record.about(rounds=args.rounds, seconds=args.seconds)
     peers = {mb: os_fork(mb, args.seconds) for mb in args.sizes}  # before any thread
     result = {**asyncio.run(measure(args)), "os_fork": peers}
-    result["living"] = living.measure(limits)
+    result["living"] = living.measure(limits, args.living_rounds)
     summary, found = rows_of(result), aims(result)
     show(summary, found)
     record.write(args.json, record.document(about, summary, found, result))

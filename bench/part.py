@@ -1,216 +1,88 @@
-"""What latency.py and scale.py have in common: options, medians, table, record."""
+"""A part of the benchmark: contenders in rounds, a table, a record.
+
+What start.py, calls.py, latency.py and scale.py have in common.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import record
 import rounds
 import table
-import targets
 from contenders import Contender, Job
-from meter import Sample, Unavailable
-from stall import percentile
+from targets import Results, Row
 
-Row = dict[str, Any]
-Results = dict[str, list[Sample]]
-PERCENTILES = {"p50_us": 50, "p90_us": 90, "p99_us": 99, "max_us": 100}
-#: Of a sample, and in no column of the table.
-INTERNAL = {"n", "seconds", "us", "app_mb", "workers_pids"}
+LIMITS = ("limits_first", "tiny", "limits")
+
+Summary = Callable[[list[Contender], Results], dict[str, Row]]
+Render = Callable[[dict[str, Row], Results], list[str]]
 
 
-@dataclass(frozen=True)
-class Entry(Contender):
-    """A contender that is compared with the one of the key ``limit``.
-
-    ``columns`` go into its row of the summary as they are. ``size`` is that of a burst.
-    """
-
-    limit: str = ""
-    columns: Row = field(default_factory=dict)
-    size: int = 0
-
-
-def first_command(way: str, pattern: str, **options: Any) -> Callable[[Job], list[str]]:
-    """first.py; options as of its command line, without the dashes."""
-
-    def command(job: Job) -> list[str]:
-        given = {"seconds": job.seconds, "count": job.count, **options}
-        return [
-            sys.executable,
-            "-c",
-            "import first; first.main()",
-            way,
-            pattern,
-            *(str(x) for name, value in given.items() for x in (f"--{name}", value)),
-        ]
-
-    return command
-
-
-def c_command(pattern: str, **options: Any) -> Callable[[Job], list[str]]:
-    """limits_first.c; ``gap`` in seconds, as first.py has it."""
-
-    def command(job: Job) -> list[str]:
-        if job.limits is None:
-            raise Unavailable("no C compiler")
-        given = {"seconds": job.seconds, "count": job.count, **options}
-        given["gap"] = round(given.get("gap", 0) * 1e6)
-        return [
-            str(job.limits.with_name("limits_first")),
-            pattern,
-            *(str(x) for name, value in given.items() for x in (f"--{name}", value)),
-        ]
-
-    return command
-
-
-def p50(sample: Sample) -> float | None:
-    return percentile(sample["us"], 50) if sample.get("us") else None
-
-
-def by_round(
-    results: Results, over: str, under: str, value: Callable[[Sample], float | None]
-) -> list[float]:
-    """``over``'s value by ``under``'s, round by round."""
-    pairs = zip(
-        targets.by_round(results, over, value),
-        targets.by_round(results, under, value),
-        strict=False,
-    )
-    return [a / b for a, b in pairs if a and b]
-
-
-def _bursts(samples: Iterable[Sample], size: int) -> Row:
-    """When the first, the middle and the last of a burst had sent its byte."""
-    found = [
-        sorted(sample["us"][at : at + size])
-        for sample in samples
-        for at in range(0, len(sample.get("us", [])), size)
-    ]
-    return {
-        "first_us": median(one[0] for one in found),
-        "median_us": median(one[len(one) // 2] for one in found),
-        "last_us": median(one[-1] for one in found),
-    }
-
-
-def _row(one: Entry, results: Results) -> Row:
-    samples = results[one.key]
-    row: Row = {"label": one.label, "scenario": one.scenario, **one.columns}
-    good = [sample for sample in samples if targets.rate(sample)]
-    for name in ("failed", "skip"):
-        reasons = [str(sample[name]) for sample in samples if name in sample]
-        if reasons:
-            row[name] = reasons[0]
-    if not good:
-        return row
-    us = [value for sample in good for value in sample.get("us", [])]
-    if one.size:
-        row.update(_bursts(good, one.size))
-    elif us:
-        row.update({name: percentile(us, p) for name, p in PERCENTILES.items()})
-    row["rate"] = median(targets.rate(sample) or 0 for sample in good)
-    for name, value in good[0].items():
-        if name not in INTERNAL and isinstance(value, (int, float)):
-            row[name] = median(sample[name] for sample in good if name in sample)
-        elif name == "ticker":
-            row["stall_p99_ms"] = median(sample[name]["p99_ms"] for sample in good)
-            row["stall_max_ms"] = max(sample[name]["max_ms"] for sample in good)
-    if one.limit in results:
-        measure = targets.rate if "rate" in one.columns.get("by", "rate") else p50
-        found = by_round(results, one.key, one.limit, measure)
-        if found:
-            row["of_limit"] = median(found)
-    return row
-
-
-def _cell(name: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, str):
-        return value
-    form = ".2f" if name in ("of_limit", "hits") or name.endswith("_ms") else ".0f"
-    return format(value, form)
-
-
-def _lines(rows: list[Row]) -> list[str]:
-    hidden = {"label", "scenario", "failed", "skip", "by"}
-    names = list(dict.fromkeys(n for row in rows for n in row if n not in hidden))
-    listed = []
-    for row in rows:
-        if "rate" in row:
-            listed.append([row["label"], *(_cell(n, row.get(n)) for n in names)])
-        if "rate" not in row or "failed" in row:
-            listed.append([f"  {row['label']}", table._remark(row)])
-    titles = [name.replace("_", " ").replace("rate", "1/s") for name in names]
-    return table.columns(["", *titles], listed)
-
-
-def show(about: Row, summary: dict[str, Row], aims: list[Row]) -> None:
-    print(
-        f"{about['date']}  {about['cpus']} x {about['cpu']}, "
-        f"Linux {about['kernel']}, "
-        f"python {about['python']}, "
-        f"{about['rounds']} rounds of {about['seconds']:g} s, "
-        f"took {about['took_s']:.0f} s"
-    )
-    for scenario in dict.fromkeys(row["scenario"] for row in summary.values()):
-        print(f"\n{scenario}")
-        print(
-            "\n".join(
-                _lines([r for r in summary.values() if r["scenario"] == scenario])
-            )
-        )
-    if aims:
-        print("\n" + "\n".join(table.target_lines(aims)))
+def options(name: str, about: str, seconds: float) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=about)
+    add = parser.add_argument
+    add("--rounds", type=int, default=3, help="alternating rounds (3)")
+    add("--seconds", type=float, default=seconds, help=f"of each round ({seconds:g})")
+    add("--count", type=int, default=0, help="starts, instead of --seconds")
+    add("--only", action="append", default=[], metavar="TEXT", help="keys with this")
+    add("--quick", action="store_true", help="a round of 0.1 s: does it run")
+    add("--list", action="store_true", help="print the contenders' keys")
+    add("--json", type=Path, default=record.path(name), metavar="FILE")
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.seconds = 1, 0.1
+    return args
 
 
 def main(
     name: str,
-    about: str,
-    entries: list[Entry],
+    about: str | None,
+    contenders: list[Contender],
+    summary: Summary,
+    render: Render,
     aims: Callable[[Results], list[Row]],
-    seconds: float,
-    number: int,
+    seconds: float = 0.5,
 ) -> int:
-    """Run the part ``name``: its options, rounds, table and record.
+    """Run the part ``name``.
 
-    Returns 1 if a contender failed, 2 if none was chosen, else 0.
+    Args:
+        about: Its first line says what the part is.
+        contenders: In the order of a round.
+        summary: Gives a row for each of those that were chosen.
+        render: The rows and samples as blocks of text.
+        aims: What had to be reached.
+        seconds: Of each contender in each round.
+
+    Returns:
+        1 if a contender failed, 2 if none was chosen, else 0.
     """
-    parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--rounds", type=int, default=number)
-    parser.add_argument("--seconds", type=float, default=seconds, help="of each round")
-    parser.add_argument("--count", type=int, default=0, help="instead of --seconds")
-    parser.add_argument("--only", action="append", default=[], metavar="TEXT")
-    parser.add_argument("--list", action="store_true", help="print the keys")
-    parser.add_argument("--json", type=Path, default=record.path(name))
-    args = parser.parse_args()
-    chosen = rounds.select(entries, args.only)  # type: ignore[arg-type]
+    args = options(name, (about or "").partition("\n")[0], seconds)
+    chosen = rounds.select(contenders, args.only)
     if args.list:
         print("\n".join(one.key for one in chosen))
         return 0
     if not chosen:
-        print(f"{name}: --only matches nothing (see --list)", file=sys.stderr)
+        print(f"{name}.py: --only matches nothing (see --list)", file=sys.stderr)
         return 2
     folder = record.BUILD / "bench"
-    for source in ("limits_first", "tiny"):
-        rounds.build_limits(folder, source)
-    job = Job(rounds.build_limits(folder), args.seconds, args.count)
-    told = record.about(rounds=args.rounds, seconds=args.seconds, count=args.count)
+    *_, limits = (rounds.build_limits(folder, one) for one in LIMITS)
+    told = record.about(
+        rounds=args.rounds, seconds=args.seconds, count=args.count, quick=args.quick
+    )
     begin = time.monotonic()
-    results = rounds.measure(chosen, job, args.rounds)
-    told["versions"] = rounds.versions(results)
+    results = rounds.measure(chosen, Job(limits, args.seconds, args.count), args.rounds)
     told["took_s"] = round(time.monotonic() - begin, 1)
-    summary = {one.key: _row(one, results) for one in chosen}  # type: ignore[arg-type]
+    told["versions"] = rounds.versions(results)
+    rows = summary(chosen, results)
     found = aims(results)
-    show(told, summary, found)
-    record.write(args.json, record.document(told, summary, found, results))
+    if args.only:  # no list of what was not measured
+        found = [row for row in found if row["value"] is not None]
+    blocks = [table.head(told), *render(rows, results)]
+    print("\n\n".join([*blocks, "\n".join(table.target_lines(found))]))
+    record.write(args.json, record.document(told, rows, found, results))
     return 1 if rounds.failed(results) else 0

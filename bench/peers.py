@@ -36,6 +36,11 @@ def load(name: str) -> Any:
         raise Unavailable("not installed") from None
 
 
+def loop_factory(package: str | None) -> Any:
+    """Of the loop of this package, for asyncio.Runner; None is asyncio's own."""
+    return load(package).new_event_loop if package else None
+
+
 def run_async(
     main: Callable[[], Awaitable[Sample]], loop_package: str | None = None
 ) -> Sample:
@@ -44,19 +49,20 @@ def run_async(
     async def entered() -> Sample:
         return await main()
 
-    factory = load(loop_package).new_event_loop if loop_package else None
-    with asyncio.Runner(loop_factory=factory) as runner:
+    with asyncio.Runner(loop_factory=loop_factory(loop_package)) as runner:
         return runner.run(entered())
 
 
-def _multiprocessing(method: str, goal: Goal) -> Sample:
+def _multiprocessing(
+    method: str, goal: Goal, package: str = "multiprocessing"
+) -> Sample:
     """Start and join, ``inflight`` at a time: all that a user of it does."""
-    context = multiprocessing.get_context(method)
+    context = load(package).get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload([afork_bench_target.__name__])
 
     def start() -> Any:
-        process = context.Process(target=afork_bench_target.leave)  # type: ignore[attr-defined]
+        process = context.Process(target=afork_bench_target.leave)
         process.start()
         return process
 
@@ -64,7 +70,6 @@ def _multiprocessing(method: str, goal: Goal) -> Sample:
         process.join()
         if process.exitcode != 0:
             raise RuntimeError(f"{method}: exit code {process.exitcode}")
-        process.close()
 
     begin = time.perf_counter()
     join(start())
@@ -96,6 +101,41 @@ def spawn(goal: Goal) -> Sample:
     return _multiprocessing("spawn", goal)
 
 
+def billiard(goal: Goal) -> Sample:
+    return _multiprocessing("forkserver", goal, "billiard")
+
+
+def one_by_one(start: Callable[[], object], goal: Goal) -> Sample:
+    """What blocks the application, in no loop."""
+    begin = time.perf_counter()
+    start()
+    first_ms = (time.perf_counter() - begin) * 1e3
+    meter = Meter(goal)
+    while meter.more():
+        start()
+    return {**meter.stop(), "first_ms": first_ms}
+
+
+def pebble(goal: Goal) -> Sample:
+    """Its decorator: each call has a process of its own."""
+    concurrent = load("pebble").concurrent
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pebble", afork_bench_target.__name__])
+    call = concurrent.process(context=context)(afork_bench_target.leave)
+    return one_by_one(lambda: call().result(), goal)
+
+
+def loky(goal: Goal) -> Sample:
+    """It has no processes without a pool."""
+    package = load("loky")
+
+    def start() -> None:
+        with package.ProcessPoolExecutor(1) as pool:
+            pool.submit(afork_bench_target.leave).result()
+
+    return one_by_one(start, goal)
+
+
 async def _until_eof(begun: Awaitable[Any]) -> None:
     """Ours in the seed's benchmark: our end of the socket, then EOF."""
     sock = await begun
@@ -105,7 +145,10 @@ async def _until_eof(begun: Awaitable[Any]) -> None:
 
 
 def _ours(
-    goal: Goal, begin: Callable[[Any], Awaitable[Any]], template: bool = False
+    goal: Goal,
+    begin: Callable[[Any], Awaitable[Any]],
+    template: bool = False,
+    loop_package: str | None = None,
 ) -> Sample:
     """``begin`` gets the package, or with ``template`` a process that has the target
     preloaded, and starts a worker.
@@ -128,7 +171,7 @@ def _ours(
             "versions": {"afork": version(afork)},
         }
 
-    return run_async(main)
+    return run_async(main, loop_package)
 
 
 def version(package: Any) -> str:
@@ -138,6 +181,12 @@ def version(package: Any) -> str:
 def afork_new(goal: Goal) -> Sample:
     """A function that needs no import, as Perl's ``CORE::exit`` needs none."""
     return _ours(goal, lambda afork: afork.Fork.new().run(NO_IMPORT))
+
+
+def afork_new_uvloop(goal: Goal) -> Sample:
+    return _ours(
+        goal, lambda afork: afork.Fork.new().run(NO_IMPORT), loop_package="uvloop"
+    )
 
 
 def afork_import(goal: Goal) -> Sample:

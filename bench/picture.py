@@ -7,10 +7,8 @@ not measured.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -63,7 +61,10 @@ SHORT = {
     "multiprocessing forkserver": "forkserver",
     "without huge pages": "afork, no huge pages",
     "os.fork, the same objects": "os.fork, same objects",
-    "os.fork, python -I -S": "os.fork",
+    "billiard forkserver": "billiard",
+    "pebble, forkserver": "pebble",
+    "pebble asynchronous.process": "pebble",
+    "loky, a pool of one": "loky",
 }
 
 PSS, PRIVATE = ", PSS", ", private"
@@ -151,7 +152,7 @@ def draw(axes: Any, found: dict[str, Points], size: Callable[[float], str]) -> N
     axes.figure.canvas.draw()  # the limits of the axes are known from here
     to_pixels, height = axes.transData.transform, axes.bbox.height
     wanted = [(to_pixels(end)[1] - axes.bbox.y0) / height for _, end, _ in ends]
-    places = spread(wanted, 0.145)
+    places = spread(wanted, min(0.145, 1.05 / len(ends)))
     for (label, (_, y), color), place in zip(ends, places, strict=True):
         axes.text(
             1.04,
@@ -223,7 +224,8 @@ def memory(axes: Any, rows: Rows) -> bool:
     found = {}
     for column, name in (("pss_mb", PSS), ("private_mb", PRIVATE)):
         for label, points in lines(lean, "workers", column).items():
-            found[label + name] = points
+            if name == PSS or label == "afork":  # of all there is no room for both
+                found[label + name] = points
     if not found:
         return False
     scale(axes, marks_of(found), number)
@@ -312,17 +314,7 @@ def footer(documents: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Draw what was measured.")
-    parser.add_argument("--output", type=Path, default=TARGET, metavar="FILE")
-    args = parser.parse_args()
-    documents = {name: found for name in record.PARTS if (found := record.read(name))}
-    if not documents:
-        print("picture.py: nothing was measured (make bench)", file=sys.stderr)
-        return 1
-    trial = any(found["about"].get("quick") for found in documents.values())
-    if trial and args.output == TARGET:
-        print("picture.py: not from a trial run, but to --output", file=sys.stderr)
-        return 1
+    output, documents = record.to_show("Draw what was measured.", TARGET)
     pyplot.rcParams.update(STYLE)
     figure = pyplot.figure(figsize=(8.6, 7.6))
     missing = 0
@@ -336,12 +328,10 @@ def main() -> int:
             axes.set_axis_off()
             axes.text(0.5, 0.5, how, transform=axes.transAxes, ha="center")
     figure.text(0.012, 0.012, footer(documents), fontsize=8, color="#555555")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    kind = (
-        {"metadata": {"Date": None}} if args.output.suffix == ".svg" else {"dpi": 100}
-    )
-    figure.savefig(args.output, **kind)
-    print(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    kind = {"metadata": {"Date": None}} if output.suffix == ".svg" else {"dpi": 100}
+    figure.savefig(output, **kind)
+    print(output)
     return 1 if missing else 0
 
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from meter import Goal, Meter, Sample, first, measure
-from peers import load, run_async, version
+from meter import Goal, Sample, first, measure
+from peers import load, one_by_one, run_async, version
 from stall import Ticker, ticker_alone
 
 #: bench/scale.py has it run others.
@@ -64,13 +63,7 @@ def subprocess_run(goal: Goal) -> Sample:
             ).returncode
         )
 
-    begin = time.perf_counter()
-    start()
-    first_ms = (time.perf_counter() - begin) * 1e3
-    meter = Meter(goal)
-    while meter.more():
-        start()
-    return {**meter.stop(), "first_ms": first_ms}
+    return one_by_one(start, goal)
 
 
 def asyncio_exec(goal: Goal) -> Sample:

@@ -7,10 +7,8 @@ not filled in; a trial run (``--quick``) is refused.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import record
@@ -27,11 +25,15 @@ WORKERS = (
     ("c-image", "C: the same, in the memory of our template"),
     ("os-fork", "``os.fork`` of an empty Python"),
     ("afork-new", "``afork.Fork.new()``"),
+    ("afork-new-uvloop", "the same under uvloop"),
     ("afork-new@1g", "``afork.Fork.new()``, application of 1 GB"),
     ("perl-new", "Perl's ``AnyEvent::Fork->new``"),
     ("forkserver", "``multiprocessing`` forkserver, preloaded"),
+    ("billiard", "billiard, forkserver"),
+    ("pebble", "pebble, a process for each call"),
     ("afork-exec", "``afork.Fork.new_exec()``"),
     ("spawn", "``multiprocessing`` spawn"),
+    ("loky", "loky, a pool of one"),
 )
 PROGRAMS = (
     ("c-spawn", "C: ``posix_spawn``"),
@@ -76,6 +78,13 @@ def cell(rows: Rows, key: str, column: str, form: str = "{:,.0f}") -> str:
     return "" if value is None else form.format(value)
 
 
+def of_limit(rows: Rows, key: str, column: str, form: str = "{:,.0f}") -> str:
+    """With the ratio to the limit in C, in parentheses."""
+    found = cell(rows, key, column, form)
+    ratio = rows.get(key, {}).get("of_limit")
+    return found if not found or ratio is None else f"{found} ({digits(ratio)}x)"
+
+
 def named(names: Iterable[tuple[str, str]], *columns: Callable[[str], str]) -> Any:
     """A row for each name that has one number at least."""
     found = [(label, *(one(key) for one in columns)) for key, label in names]
@@ -90,15 +99,15 @@ def workers(rows: Rows) -> str:
 
     return list_table(
         (
-            "starts per second",
+            "starts per second (of the limit in C)",
             "one at a time",
             "16 in flight",
             "application's CPU",
         ),
         named(
             WORKERS,
-            lambda key: cell(rows, f"{key}/1", "rate"),
-            lambda key: cell(rows, f"{key}/16", "rate"),
+            lambda key: of_limit(rows, f"{key}/1", "rate"),
+            lambda key: of_limit(rows, f"{key}/16", "rate"),
             cpu,
         ),
         "46 18 18 18",
@@ -110,8 +119,8 @@ def programs(rows: Rows) -> str:
         ("programs per second (``/bin/true``)", "20 MB", "1 GB", "CPU at 20 MB"),
         named(
             PROGRAMS,
-            lambda key: cell(rows, f"{key}@20m", "rate"),
-            lambda key: cell(rows, f"{key}@1g", "rate"),
+            lambda key: of_limit(rows, f"{key}@20m", "rate"),
+            lambda key: of_limit(rows, f"{key}@1g", "rate"),
             lambda key: cell(rows, f"{key}@20m", "cpu_us", "{:,.0f} us"),
         ),
         "46 18 18 18",
@@ -131,25 +140,49 @@ def calls(rows: Rows) -> str:
     )
 
 
-def first_byte(rows: Rows) -> str:
-    """One at a time."""
+def first_byte(rows: Rows, prefix: str, title: str, limit: str) -> str:
+    """One at a time, with a pause between, and without."""
     found = [
-        (row["label"], f"{row['p50_us']:,.0f} us", f"{row['p99_us']:,.0f} us")
-        for key, row in rows.items()
-        if key.startswith("one-") and row.get("p50_us")
+        (
+            rows[key]["label"],
+            *(cell(rows, key, name, "{:,.0f} us") for name in ("p50_us", "p99_us")),
+            cell(rows, key, "of_limit", "{:.1f}x"),
+            cell(rows, key, "brisk_us", "{:,.0f} us"),
+        )
+        for key in rows
+        if key.startswith(prefix) and rows[key].get("p50_us")
     ]
-    header = ("from the request to the first byte of user code", "p50", "p99")
-    return list_table(header, found, "46 27 27")
+    header = (title, "p50", "p99", f"p50 of {limit}", "p50, no pause")
+    return list_table(header, found, "46 13 13 14 14")
+
+
+def applications(rows: Rows) -> str:
+    """Of several sizes."""
+    sizes = {20: "20 MB", 200: "200 MB", 1024: "1 GB", 4096: "4 GB"}
+    found = [
+        (
+            rows[key]["label"],
+            *(of_limit(rows, f"{key.partition('@')[0]}@{mb}m", "rate") for mb in sizes),
+        )
+        for key in rows
+        if key.startswith("app-") and key.endswith("@20m")
+    ]
+    header = ("starts per second (of C's), application of", *sizes.values())
+    return list_table(header, found, "36 16 16 16 16")
 
 
 def memory(rows: Rows) -> str:
     """Of a worker among 100."""
     found = [
-        (row["label"], f"{row['pss_mb']:.2f} MB", f"{row['private_mb']:.2f} MB")
-        for row in rows.values()
+        (
+            row["label"],
+            of_limit(rows, key, "pss_mb", "{:.2f} MB"),
+            f"{row['private_mb']:.2f} MB",
+        )
+        for key, row in rows.items()
         if row.get("workers") == 100
     ]
-    header = ("an idle worker among 100", "proportional (PSS)", "private")
+    header = ("an idle worker among 100 (of C's)", "proportional (PSS)", "private")
     return list_table(header, found, "46 27 27")
 
 
@@ -230,7 +263,14 @@ def text(documents: Documents) -> str:
         rows = documents["start"]["summary"]
         blocks += [workers(rows), programs(rows)]
     if "latency" in documents:
-        blocks.append(first_byte(documents["latency"]["summary"]))
+        rows = documents["latency"]["summary"]
+        title = "from the request to the first byte of user code"
+        blocks += [
+            first_byte(rows, "one-", title, "C fork"),
+            first_byte(rows, "ready-", f"{title}, a process waits", "C"),
+        ]
+    if "scale" in documents:
+        blocks.append(applications(documents["scale"]["summary"]))
     if "memory" in documents:
         blocks.append(memory(documents["memory"]["summary"]))
     if "calls" in documents:
@@ -240,24 +280,14 @@ def text(documents: Documents) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write the tables of README.rst.")
-    parser.add_argument("--file", type=Path, default=README, metavar="README")
-    args = parser.parse_args()
-    documents = {name: found for name in record.PARTS if (found := record.read(name))}
-    if not documents:
-        print("readme.py: nothing was measured (make bench)", file=sys.stderr)
-        return 1
-    quick = [name for name, one in documents.items() if one["about"].get("quick")]
-    if quick:
-        print(f"readme.py: not from a trial run: {' '.join(quick)}", file=sys.stderr)
-        return 1
-    before, begin, rest = args.file.read_text().partition(BEGIN)
+    file, documents = record.to_show("Write the tables of README.rst.", README)
+    before, begin, rest = file.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        print(f"readme.py: {args.file} lacks the two comments", file=sys.stderr)
+        print(f"readme.py: {file} lacks the two comments", file=sys.stderr)
         return 1
-    args.file.write_text(f"{before}{begin}\n{text(documents)}\n{end}{after}")
-    print(args.file)
+    file.write_text(f"{before}{begin}\n{text(documents)}\n{end}{after}")
+    print(file)
     return 0 if len(documents) == len(record.PARTS) else 1
 
 

@@ -17,6 +17,7 @@ these columns; rows of one label are one line::
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -29,7 +30,7 @@ from typing import Any
 BUILD = Path(__file__).resolve().parent.parent / "build"
 
 #: The parts, in the order in which ``make bench`` runs them.
-PARTS = ("start", "calls", "memory", "spares", "latency", "scale")
+PARTS = ("start", "calls", "memory", "latency", "scale")
 
 
 def _read(path: str) -> str:
@@ -104,3 +105,29 @@ def read(name: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return found
+
+
+def to_show(about: str, target: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """What picture.py and readme.py show, and into which file.
+
+    Args:
+        about: What the program does.
+        target: The file, if ``--file`` does not name another one.
+
+    Returns:
+        The file, and the documents of the parts that were run.
+
+    Raises:
+        SystemExit: There is none, or a trial run (``--quick``) would go to ``target``.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--file", type=Path, default=target)
+    args = parser.parse_args()
+    documents = {name: found for name in PARTS if (found := read(name))}
+    if not documents:
+        sys.exit(f"{parser.prog}: nothing was measured (make bench)")
+    quick = [name for name, one in documents.items() if one["about"].get("quick")]
+    if quick and args.file == target:
+        names = " ".join(quick)
+        sys.exit(f"{parser.prog}: a trial run ({names}) goes to another --file only")
+    return args.file, documents

@@ -11,19 +11,35 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+import part
 import record
 import targets
-from contenders import Job, _same_image, app_command, limits_command
-from part import Entry, Results, Row, by_round, c_command, first_command, main, p50
+from contenders import Contender, Job, app_command, limits_command, same_image_command
+from entries import (
+    Entry,
+    Results,
+    Row,
+    by_round,
+    c_command,
+    first_command,
+    p50,
+    render,
+    summary,
+)
+from meter import Sample
 
 GAP = 0.002  # seconds in which the last worker ends, where starts are timed one by one
 SIZES = (20, 200, 1024, 4096)
+#: Of the others two sizes are enough to see that it is the same with each.
+FLAT = {"forkserver": (20, 4096), "billiard": (20, 1024), "pebble": (20, 1024)}
+FLAT["loky"] = FLAT["pebble"]
 BURSTS = (100, 1000)
 LIVE = (0, 100, 1000, 5000)
 
 APPLICATION = "application of so many MB, touched: one at a time, byte and end"
 BURST = "bursts: from the request for all to the byte of the first, middle, last"
 ALIVE = "workers that sleep meanwhile: to the first byte, one at a time"
+MANY = "fork_many and its runs: the loop stands still, beside so many socket pairs"
 TEMPLATES = "templates side by side: byte and end (C: end), so many in flight"
 CALLBACKS = "at-fork callbacks in the template: byte and end (C: end)"
 PROGRAMS = "programs: stdio on /dev/null, wait for the status"
@@ -33,10 +49,14 @@ def applications() -> list[Entry]:
     ways: list[tuple[str, str, Callable[[int], Callable[[Job], list[str]]]]] = [
         ("c", "C fork", lambda mb: c_command("one", mb=mb)),
         ("os-fork", "os.fork", lambda mb: first_command("os-fork", "one", mb=mb)),
-        (
-            "forkserver",
-            "multiprocessing forkserver",
-            lambda mb: first_command("forkserver", "one", mb=mb),
+        *(
+            (key, label, lambda mb, key=key: first_command(key, "one", mb=mb))
+            for key, label in (
+                ("forkserver", "multiprocessing forkserver"),
+                ("billiard", "billiard forkserver"),
+                ("pebble", "pebble asynchronous.process"),
+                ("loky", "loky, a pool of one"),
+            )
         ),
         ("afork", "afork", lambda mb: first_command("afork", "one", mb=mb)),
     ]
@@ -51,7 +71,7 @@ def applications() -> list[Entry]:
         )
         for mb in SIZES
         for key, label, command in ways
-        if key != "forkserver" or mb in (SIZES[0], SIZES[-1])
+        if mb in FLAT.get(key, SIZES)
     ]
 
 
@@ -105,46 +125,54 @@ def alive() -> list[Entry]:
     ]
 
 
+def many() -> list[Entry]:
+    command = app_command(f"scaling.many:{BURSTS[-1]}")
+    columns = {"burst": BURSTS[-1]}
+    return [Entry("many", "afork fork_many", MANY, command, columns=columns)]
+
+
 def side_by_side() -> list[Entry]:
     return [
         Entry(
             f"{key}-{n}/{k}",
             label,
             TEMPLATES,
-            app_command(f"scaling.{function}", k),
+            app_command(f"scaling.{function}:{n}", k),
             k,
             limit=f"loops-{n}/{k}",
             columns={"templates": n, "in_flight": k},
         )
         for k in (16, 64)
-        for n, c, ours in (
-            (1, "one_c_loop", "one_template"),
-            (2, "two_c_loops", "two_templates"),
-        )
+        for n in (1, 2)
         for key, label, function in (
-            ("loops", "C loops", c),
-            ("templates", "afork", ours),
+            ("loops", "C loops", "c_loops"),
+            ("templates", "afork", "templates"),
         )
     ]
 
 
 def callbacks() -> list[Entry]:
     return [
-        Entry("hooks-c", "C fork of the template's image", CALLBACKS, _same_image(1)),
+        Entry(
+            "hooks-c",
+            "C fork of the template's image",
+            CALLBACKS,
+            same_image_command(1),
+        ),
         *(
             Entry(
                 f"hooks-{name}",
                 label,
                 CALLBACKS,
-                app_command(f"scaling.hooks_{name}"),
+                app_command(f"scaling.hooks:{modules or name}"),
                 limit="hooks-c",
             )
-            for name, label in (
-                ("0", "afork, none"),
-                ("1", "afork, 1 callback"),
-                ("5", "afork, 5 callbacks"),
-                ("threading", "afork, import threading"),
-                ("asyncio", "afork, import asyncio, logging"),
+            for name, label, modules in (
+                ("0", "afork, none", ""),
+                ("1", "afork, 1 callback", ""),
+                ("5", "afork, 5 callbacks", ""),
+                ("threading", "afork, import threading", "threading"),
+                ("asyncio", "afork, import asyncio, logging", "asyncio,logging"),
             )
         ),
     ]
@@ -187,6 +215,10 @@ def programs() -> list[Entry]:
     return listed
 
 
+def stall_of_bare(sample: Sample) -> float | None:
+    return sample["stall_ms"] / sample["bare_ms"] if "bare_ms" in sample else None
+
+
 def aims(results: Results) -> list[Row]:
     def rates(over: str, under: str) -> list[float]:
         return by_round(results, over, under, targets.rate)
@@ -205,6 +237,18 @@ def aims(results: Results) -> list[Row]:
             "(os.fork, 4 GB / 20 MB)",
             None,
             rates("app-os-fork@4096m", "app-os-fork@20m"),
+        ),
+        targets.at_most(
+            "fork_many(1000), stall / bare pairs",
+            1.5,
+            targets.values_of(results, "many", stall_of_bare),
+            "x",
+        ),
+        targets.at_most(
+            "application's CPU per start, fork_many(1000)",
+            50,
+            targets.values_of(results, "many", targets.cpu),
+            " us",
         ),
         targets.at_most("5,000 alive / none, p50", 1.5, alive, "x"),
         targets.at_least(
@@ -225,11 +269,12 @@ def aims(results: Results) -> list[Row]:
     ]
 
 
-def entries() -> list[Entry]:
+def entries() -> list[Contender]:
     return [
         *applications(),
         *bursts(),
         *alive(),
+        *many(),
         *side_by_side(),
         *callbacks(),
         *programs(),
@@ -237,4 +282,6 @@ def entries() -> list[Entry]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("scale", (__doc__ or "").splitlines()[0], entries(), aims, 0.15, 3))
+    sys.exit(
+        part.main("scale", __doc__, entries(), summary, render, aims, seconds=0.15)
+    )

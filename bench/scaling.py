@@ -7,16 +7,20 @@ sample.
 from __future__ import annotations
 
 import asyncio
-import functools
+import gc
 import itertools
 import json
+import resource
+import socket
 import subprocess
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import record
 from meter import Goal, Sample, measure
 from peers import load, run_async
+from stall import Ticker
 
 #: In a worker, first of all: what it has cost it to get there.
 CODE = """
@@ -40,24 +44,25 @@ async def byte_and_end(template: Any) -> None:
         await loop.sock_recv(sock, 1)
 
 
-def templates(n: int, goal: Goal) -> Sample:
+def templates(n: str, goal: Goal) -> Sample:
     """Lanes that take turns at ``n`` templates."""
     afork = load("afork")
 
     async def main() -> Sample:
-        made = [await afork.Fork.new_exec().eval(CODE).ready() for _ in range(n)]
+        made = [await afork.Fork.new_exec().eval(CODE).ready() for _ in range(int(n))]
         turn = itertools.cycle(made)
         return await measure(lambda: byte_and_end(next(turn)), goal)
 
     return run_async(main)
 
 
-def c_loops(n: int, goal: Goal) -> Sample:
+def c_loops(n: str, goal: Goal) -> Sample:
     """``n`` C loops of their own, which share what is in flight."""
+    share = Goal(goal.seconds, goal.count // int(n), goal.inflight // int(n))
     command = [str(record.BUILD / "bench" / "limits"), "fork"]
-    command += ["--inflight", str(goal.inflight // n), "--mb", "5"]
-    command += ["--seconds", str(goal.seconds), "--count", str(goal.count // n)]
-    loops = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(n)]
+    command += ["--inflight", str(share.inflight), "--mb", "5"]
+    command += ["--seconds", str(goal.seconds), "--count", str(share.count)]
+    loops = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(int(n))]
     told = [json.loads(loop.communicate()[0]) for loop in loops]
     return {
         "n": sum(one["n"] for one in told),
@@ -65,9 +70,13 @@ def c_loops(n: int, goal: Goal) -> Sample:
     }
 
 
-def hooks(prepare: str, goal: Goal) -> Sample:
-    """Starts from a template that ``prepare`` was run in, and what a worker costs."""
+def hooks(which: str, goal: Goal) -> Sample:
+    """Starts from a template with those callbacks at fork, and what a worker costs.
+
+    ``which`` are so many that do nothing, or the modules that bring theirs along.
+    """
     afork = load("afork")
+    prepare = _callbacks(int(which)) if which.isdigit() else f"import {which}"
 
     async def main() -> Sample:
         template = await afork.Fork.new_exec().eval(prepare).eval(CODE).ready()
@@ -94,12 +103,44 @@ for _ in range({n}):
 """
 
 
-one_template = functools.partial(templates, 1)
-two_templates = functools.partial(templates, 2)
-one_c_loop = functools.partial(c_loops, 1)
-two_c_loops = functools.partial(c_loops, 2)
-hooks_0 = functools.partial(hooks, "")
-hooks_1 = functools.partial(hooks, _callbacks(1))
-hooks_5 = functools.partial(hooks, _callbacks(5))
-hooks_threading = functools.partial(hooks, "import threading")
-hooks_asyncio = functools.partial(hooks, "import asyncio, logging")
+def many(n: str, goal: Goal) -> Sample:
+    """One fork_many and its runs, beside as many socket pairs and nothing else."""
+    afork = load("afork")
+    size = int(n)
+
+    def bare() -> float:
+        begin = time.perf_counter()
+        pairs = [socket.socketpair() for _ in range(size)]
+        seconds = time.perf_counter() - begin
+        for pair in pairs:
+            for sock in pair:
+                sock.close()
+        return seconds
+
+    async def burst(template: Any, watch: bool = False) -> Sample:
+        ticker = Ticker() if watch else None
+        await asyncio.sleep(0.01)
+        cpu, begin = time.process_time(), time.perf_counter()
+        forks = template.fork_many(size)
+        socks = [await run for run in [f.run("sized") for f in forks]]
+        seconds = time.perf_counter() - begin
+        cpu = time.process_time() - cpu
+        for sock in socks:
+            sock.close()
+        told = {"stall_ms": ticker.stop()["max_ms"]} if ticker else {}
+        for f in forks:
+            await f.wait()
+        return {"n": size, "seconds": seconds, "cpu_us": cpu * 1e6 / size, **told}
+
+    async def main() -> Sample:
+        template = await afork.Fork.new_exec().eval(CODE).ready()
+        await burst(template)
+        gc.collect()
+        bare_ms = bare() * 1e3
+        sample = await burst(template)
+        watched = await burst(template, watch=True)
+        return {**sample, "bare_ms": bare_ms, "stall_ms": watched["stall_ms"]}
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return run_async(main)

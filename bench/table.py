@@ -232,20 +232,21 @@ def target_lines(rows: list[Row]) -> list[str]:
     )
 
 
-def render(about: Row, rows: dict[str, Row], aims: list[Row]) -> str:
-    versions = ", ".join(
-        f"{name} {value}" for name, value in about.get("versions", {}).items()
-    )
-    head = [
+def head(about: Row) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items())
+    length = f"{about['count']} starts" if about["count"] else f"{about['seconds']:g} s"
+    return (
         f"{about['date']}  {about['cpus']} x {about['cpu']}, "
-        f"{about['memory_mb']} MB, Linux {about['kernel']}, {about['libc']}",
-        f"python {about['python']}" + (f", {versions}" if versions else ""),
+        f"{about['memory_mb']} MB, Linux {about['kernel']}, {about['libc']}\n"
+        f"python {about['python']}" + (f", {versions}" if versions else "") + "\n"
         f"huge pages {about['thp']}, load {about['load_before'][0]:.2f} before, "
-        f"{about['rounds']} rounds of "
-        + (f"{about['count']} starts" if about["count"] else f"{about['seconds']:g} s")
-        + f", took {about['took_s']:.0f} s",
-    ]
-    blocks = [head]
+        f"medians of {about['rounds']} alternating rounds of {length}, "
+        f"took {about['took_s']:.0f} s"
+    )
+
+
+def render(rows: dict[str, Row], _: Results) -> list[str]:
+    blocks = []
     for scenario in (WORKERS, PROGRAMS):
         chosen = [row for row in rows.values() if row["scenario"] == scenario]
         if chosen:
@@ -255,5 +256,4 @@ def render(about: Row, rows: dict[str, Row], aims: list[Row]) -> str:
         for row in rows.values()
         if row["scenario"] == FAULTS
     ]
-    blocks.append(target_lines(aims))
-    return "\n\n".join("\n".join(block) for block in blocks)
+    return ["\n".join(block) for block in blocks]
