@@ -229,6 +229,7 @@ handle_run(struct afork_server *s, const struct afork_frame *frame)
         return afork_server_fail(
             s, "run", EMFILE, "OSError",
             "a descriptor was lost: no free slot in the process", "");
+    afork_spares_set(s, 0);
     if (afork_server_settle(s))
         return AFORK_NEXT;
     afork_report_started(s);
@@ -241,10 +242,33 @@ handle_run(struct afork_server *s, const struct afork_frame *frame)
     return AFORK_ENTER;
 }
 
+/* Whether what is forked from here on differs from what was before. */
+static int
+is_change(uint8_t letter)
+{
+    switch (letter) {
+    case AFORK_CMD_EVAL:
+    case AFORK_CMD_EVAL_TYPED:
+    case AFORK_CMD_IMPORT:
+    case AFORK_CMD_SET:
+    case AFORK_CMD_ARGS:
+    case AFORK_CMD_TEXT:
+    case AFORK_CMD_HANDLE:
+        return 1;
+    }
+    return 0;
+}
+
 static int
 dispatch(struct afork_server *s, struct afork_frame *frame)
 {
     afork_spares_check_args(s);
+    /* A spare that dies with a request is replaced by a fork, which is to be
+     * one of the template as it was when that was made. */
+    if (s->spares.n && is_change(frame->letter) && afork_server_settle(s)) {
+        afork_fd_close(&frame->fd); /* its parent's */
+        return AFORK_NEXT;
+    }
     if (s->failure.payload && frame->letter == AFORK_CMD_SPAWN)
         return afork_server_refuse_spawn(s, frame);
     if (s->failure.payload && frame->letter != AFORK_CMD_HANDLE &&
@@ -311,7 +335,7 @@ wait_event(struct afork_server *s, short events, int timeout)
     n = ppoll(fds, all, timeout < 0 ? NULL : &time, &s->signals.wait_mask);
     if (n < 0 && errno == EINTR)
         s->ops->interrupted(s->self);
-    if (n > 0 && all > 1)
+    if (n >= 0 && all > 1)
         afork_spares_answers(s);
     /* A descriptor may be about to come. */
     if (n > 0 && fds[0].revents & POLLIN)
@@ -336,18 +360,18 @@ idle(struct afork_server *s)
 int
 afork_server_settle(struct afork_server *s)
 {
-    struct pollfd fds[AFORK_SPARES_MAX];
-    size_t n;
+    for (;;) {
+        struct pollfd fds[AFORK_SPARES_MAX];
+        size_t n;
 
-    afork_spares_set(s, 0);
-    while (s->spares.n) {
         if (afork_server_fork_orphans(s))
             return 1;
         n = afork_spares_poll(&s->spares, fds);
-        if (n && poll(fds, n, -1) > 0)
+        if (!n)
+            return 0;
+        if (poll(fds, n, afork_spares_patience(&s->spares)) >= 0)
             afork_spares_answers(s);
     }
-    return 0;
 }
 
 /* After end of file: half closed, but there are children to reap and perhaps
@@ -357,13 +381,16 @@ finish(struct afork_server *s)
 {
     afork_spares_set(s, 0);
     for (;;) {
+        int event;
+
         afork_server_reap(s);
         afork_server_flush(s);
         if (afork_server_fork_orphans(s))
             return AFORK_NEXT;
         if (s->plain || (!s->children.n && !afork_outq_len(&s->out)))
             return AFORK_END;
-        if (wait_event(s, 0, -1) & (POLLHUP | POLLERR))
+        event = wait_event(s, 0, afork_spares_patience(&s->spares));
+        if (event > 0 && event & (POLLHUP | POLLERR))
             return AFORK_END; /* the application has gone: they go with us */
     }
 }

@@ -159,16 +159,17 @@ answer_failure_take(struct afork_server *s, int sock)
     afork_fd_close(&sock);
 }
 
-/* A new process on sock, which may have been lost on the way; in it 1. */
+/* A new process on sock, which may have been lost on the way; in it 1.  The
+ * request of an orphan has waited long enough: other spares may be as slow. */
 static int
-fork_for_take(struct afork_server *s, int sock, uint64_t id)
+fork_for_take(struct afork_server *s, int sock, uint64_t id, int orphan)
 {
-    s->starts++;
+    s->starts += !orphan;
     if (sock < 0)
         afork_report_failed(s, id, EMFILE, AFORK_STAGE_FORK);
     else if (s->failure.payload)
         answer_failure_take(s, sock);
-    else if (afork_spares_start(s, sock, id))
+    else if (!orphan && afork_spares_start(s, sock, id))
         return 0;
     else if (fork_one_take(s, sock, id))
         return 1;
@@ -184,7 +185,7 @@ afork_server_fork_orphans(struct afork_server *s)
     int sock;
 
     while ((sock = afork_spares_orphan(s, &id)) >= 0)
-        if (fork_for_take(s, sock, id))
+        if (fork_for_take(s, sock, id, 1))
             return 1;
     return 0;
 }
@@ -199,7 +200,7 @@ afork_server_fork(struct afork_server *s)
         return afork_server_protocol_error(s, "fork without a socket");
     sock = afork_args_pop_fd(&s->args);
     if (sock >= 0) /* else lost: there is no id to report */
-        fork_for_take(s, sock, 0);
+        fork_for_take(s, sock, 0, 0);
     return AFORK_NEXT;
 }
 
@@ -214,7 +215,7 @@ afork_server_fork_id(struct afork_server *s, struct afork_frame *frame)
         return afork_server_protocol_error(s, "malformed fork request");
     }
     memcpy(&id, frame->payload, sizeof id);
-    fork_for_take(s, sock, id);
+    fork_for_take(s, sock, id, 0);
     return AFORK_NEXT;
 }
 
@@ -268,7 +269,7 @@ afork_server_fork_many(struct afork_server *s, const struct afork_frame *frame)
             int sock = b->socks[i];
 
             b->socks[i] = AFORK_NOFD; /* the child closes the others */
-            if (fork_for_take(s, sock, b->ids[i]))
+            if (fork_for_take(s, sock, b->ids[i], 0))
                 return AFORK_NEXT;
         }
         b->n = 0;

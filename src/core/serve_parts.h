@@ -36,8 +36,8 @@ int afork_server_fork_orphans(struct afork_server *s);
 int afork_server_fork_spare_take(struct afork_server *s, int link,
                                  pid_t *ret_pid);
 
-/* Before the process becomes something else: no spares, and none that has yet
- * to answer.  1 in a process that had to be forked for that. */
+/* Before the process changes: waits for the spares that have yet to answer.
+ * 1 in a process that had to be forked in place of one. */
 int afork_server_settle(struct afork_server *s);
 
 /* A fork that nobody has asked for: as fork(2), a server without a socket. */

@@ -26,6 +26,7 @@ afork_server_exec(struct afork_server *s, const struct afork_frame *frame)
     struct afork_execreq q;
     int r;
 
+    afork_spares_set(s, 0);
     if (afork_server_settle(s))
         return AFORK_NEXT;
     r = afork_execreq_get(&q, list, &s->args, s->ops->environ(s->self));

@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <signal.h>
 #include <string.h>
 #include <time.h>
 
@@ -16,6 +17,7 @@ enum {
     IDLE = 1,       /* milliseconds without a command that count as idle */
     PATIENCE = 20,  /* of a template that is never idle, in milliseconds */
     RETRY = 100,    /* after a failed fork; doubled up to 64 times that */
+    TAKE = 1000,    /* milliseconds for taking a request: some 30 us are usual */
 };
 
 static int64_t
@@ -44,6 +46,7 @@ afork_spares_init(struct afork_spares *p)
 {
     memset(p, 0, sizeof *p);
     p->period = PERIOD;
+    p->patience = TAKE;
 }
 
 void
@@ -82,7 +85,10 @@ trim(struct afork_spares *p, size_t keep)
 
     for (size_t i = p->n; i-- > 0 && ready > keep;)
         if (is_idle(&p->list[i])) {
+            pid_t pid = p->list[i].pid;
+
             remove_at(p, i);
+            kill(pid, SIGCONT); /* a stopped one would not notice */
             ready--;
         }
 }
@@ -138,6 +144,7 @@ afork_spares_start(struct afork_server *s, int sock, uint64_t id)
         if (afork_fdpass_send(one->link, &id, sizeof id, sock) == sizeof id) {
             one->sock = sock;
             one->id = id;
+            one->until = now() + p->patience;
             p->hits++;
             return 1;
         }
@@ -167,6 +174,7 @@ void
 afork_spares_answers(struct afork_server *s)
 {
     struct afork_spares *p = &s->spares;
+    int64_t time = now();
 
     for (size_t i = p->n; i-- > 0;) {
         struct afork_spare *one = &p->list[i];
@@ -178,6 +186,12 @@ afork_spares_answers(struct afork_server *s)
         } else if (answer < 0) {
             p->died++;
             afork_fd_close(&one->link);
+        } else if (is_handed(one) && one->until && one->until <= time) {
+            /* It holds the other end of the link, so the number is still its
+             * own.  Its socket is given to nobody before the link has ended:
+             * it may just be about to take it. */
+            kill(one->pid, SIGKILL);
+            one->until = 0;
         }
     }
 }
@@ -236,6 +250,21 @@ afork_spares_poll(const struct afork_spares *p, struct pollfd *fds)
     return n;
 }
 
+int
+afork_spares_patience(const struct afork_spares *p)
+{
+    int64_t first = INT64_MAX, left;
+
+    for (size_t i = 0; i < p->n; i++)
+        if (is_handed(&p->list[i]) && p->list[i].until &&
+            p->list[i].until < first)
+            first = p->list[i].until;
+    if (first == INT64_MAX)
+        return -1;
+    left = first - now();
+    return left > 0 ? (int)left : 0;
+}
+
 /* Whether another one is wanted. */
 static int
 wants(const struct afork_server *s)
@@ -251,9 +280,10 @@ afork_spares_timeout(struct afork_server *s)
 {
     struct afork_spares *p = &s->spares;
     int64_t left, at = p->due;
+    int patience = afork_spares_patience(p);
 
     if (!p->most || (!p->target && !p->n))
-        return -1;
+        return patience;
     if (wants(s)) {
         if (!p->since)
             p->since = now();
@@ -267,6 +297,8 @@ afork_spares_timeout(struct afork_server *s)
         p->since = 0;
     }
     left = at - now();
+    if (patience >= 0 && patience < left)
+        return patience;
     return left > 0 ? (int)left : 0;
 }
 

@@ -8,7 +8,8 @@
  *
  * The template keeps its copy of the socket until the byte has come: a spare
  * that ends without having sent it has not read a byte of the socket either,
- * so that somebody else can be given it.
+ * so that somebody else can be given it.  One that takes too long is killed, and
+ * its end is waited for like any other's.
  */
 #ifndef AFORK_SPARES_H
 #define AFORK_SPARES_H
@@ -28,6 +29,7 @@ struct afork_spare {
     int link; /* owned; AFORK_NOFD: it has died */
     int sock; /* owned: handed over and not taken yet */
     uint64_t id;
+    int64_t until; /* handed: when to lose patience; 0: it was killed */
 };
 
 struct afork_spares {
@@ -39,6 +41,7 @@ struct afork_spares {
     unsigned peak;    /* the highest demand of this period */
     size_t args_n;    /* pending arguments that they have */
     int64_t period;   /* milliseconds of a period */
+    int64_t patience; /* milliseconds for an answer */
     int64_t due;      /* when it ends */
     int64_t not_yet;  /* no attempt before, after one that failed */
     unsigned retries; /* attempts that have failed in a row */
@@ -62,8 +65,8 @@ size_t afork_spares_ready(const struct afork_spares *p);
 
 /* Gives a request to a spare: 1, and sock is consumed; or 0 without one. */
 int afork_spares_start(struct afork_server *s, int sock, uint64_t id);
-/* Takes in what those have answered that were given one.  Not while a list
- * of them is being walked. */
+/* Takes in what those have answered that were given one, and kills those that
+ * should have.  Not while a list of them is being walked. */
 void afork_spares_answers(struct afork_server *s);
 /* A request whose spare has died: its socket (given) or AFORK_NOFD. */
 int afork_spares_orphan(struct afork_server *s, uint64_t *ret_id);
@@ -73,6 +76,8 @@ void afork_spares_exited(struct afork_server *s, struct afork_child *child);
 
 /* Adds those that answers are awaited from, at most AFORK_SPARES_MAX. */
 size_t afork_spares_poll(const struct afork_spares *p, struct pollfd *fds);
+/* Milliseconds until one of them has to be killed, or -1. */
+int afork_spares_patience(const struct afork_spares *p);
 /* Milliseconds after which afork_spares_tend has something to do, or -1. */
 int afork_spares_timeout(struct afork_server *s);
 /* The template is idle: makes one spare, or finds that fewer are worth having.

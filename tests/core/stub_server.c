@@ -9,6 +9,7 @@
  * What EVAL runs (its first string; IMPORT, SET and EVAL_TYPED succeed):
  *   ok, fail, nomem       as named
  *   period:N              spares become fewer after N ms
+ *   patience:N            spares that take longer than N ms are killed
  *   forkfail              the next fork is refused with EAGAIN
  *   nofile                leaves no free descriptor;  "morefiles" undoes it
  *   stranger              leaves a zombie that the loop does not know
@@ -122,6 +123,8 @@ op_command(void *self, uint8_t letter, const uint8_t *payload, size_t len,
         return -1;
     if (!strncmp(text, "period:", 7))
         served->spares.period = atoi(text + 7);
+    else if (!strncmp(text, "patience:", 9))
+        served->spares.patience = atoi(text + 9);
     else if (!strcmp(text, "forkfail"))
         fork_fails = 1;
     else if (!strcmp(text, "nofile"))

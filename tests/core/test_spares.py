@@ -230,6 +230,64 @@ def test_killed_while_being_handed_over(template, others):
     assert template.end()[1] == []
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_stopped_while_being_handed_over(template, others):
+    """It is killed before its request goes elsewhere."""
+    template.eval(b"patience:50")
+    spares = template.spares(1 + others)
+    for pid in spares:
+        stop(pid)
+    with template.fork(5) as child:
+        child.send_list("ARGS", b"kept")
+        child.run(b"dump")
+        ((_, pid), _) = child.expect("STARTED", "RUNNING")
+        assert pid not in spares
+        assert "bytes kept" in child.rest().decode().splitlines()
+    ((_, number, exited, status, _),) = template.expect("EXITED")
+    assert (number, exited, status) == (5, pid, 0)
+    status, reports, log = template.end()
+    assert (status, reports) == (0, [])
+    assert log.count("left 0") >= 1 + others  # and not the one that was killed
+
+
+def test_stopped_while_idle(template):
+    """One that cannot notice that it is not needed keeps nobody waiting."""
+    for pid in template.spares(2):
+        stop(pid)
+    assert template.end()[0] == 0
+
+
+def test_stopped_when_its_template_becomes_something_else(template):
+    template.eval(b"patience:50")
+    (spare,) = template.spares(1)
+    stop(spare)
+    with template.fork(5) as child:
+        template.run(b"hold")  # the child would die with it
+        template.expect("RUNNING")
+        assert pid_of(child) != spare
+
+
+@pytest.mark.parametrize("letter", ["ARGS", "TEXT", "HANDLE", "EVAL"])
+def test_a_template_changes_while_one_is_being_handed_over(template, letter):
+    """Who replaces it has nothing that came after the request."""
+    template.eval(b"patience:50")
+    (spare,) = template.spares(1)
+    stop(spare)
+    with template.fork(5) as child:
+        if letter == "HANDLE":
+            with open("/dev/null") as file:
+                template.handle(file.fileno())
+        elif letter == "EVAL":
+            template.eval(b"nopidfd")
+        else:
+            template.send_list(letter, b"late")
+        child.run(b"dump")
+        ((_, pid), _) = child.expect("STARTED", "RUNNING")
+        assert pid != spare
+        lines = child.rest().decode().splitlines()
+        assert not [x for x in lines if x.startswith(("bytes", "text", "handle"))]
+
+
 def test_killed_just_after_being_handed_over(template):
     """The answer is there when its end is: reported by the id of the request."""
     (spare,) = template.spares(1)
