@@ -22,6 +22,10 @@ IN = select.EPOLLIN
 OUT = select.EPOLLOUT
 HUP = select.EPOLLHUP
 
+#: Seconds after which to try again at the limit on descriptors in flight: it is
+#: the user's, not the socket's, and nobody tells when there is room.
+BACK_OFF = 0.01
+
 
 class Hub(_afork.Poller):
     """The descriptors that afork watches in this process, and who watches it.

@@ -21,7 +21,7 @@ from typing import TypeAlias
 from . import _afork, _ending, _hub
 from ._ending import Mortal
 from ._errors import ProtocolError, RemoteError, TemplateError, WorkerLost
-from ._hub import IN, OUT, hub
+from ._hub import BACK_OFF, IN, OUT, hub
 from ._reports import (
     EXITED,
     FAILED,
@@ -70,8 +70,9 @@ class Process(Mortal):
             self._expect_socket()
             if self.coming:
                 return
+        channel = self.channel
         while (fd := self._flush_some()) >= 0:
-            select_writable(fd)
+            wait_for_room(fd, channel is not None and channel.crowded)
 
     def _flush_some(self) -> int:
         """Send what goes now; the descriptor to wait for, or -1."""
@@ -634,12 +635,13 @@ def call_user(callback: Callable[[socket.socket], object], sock: socket.socket) 
         loop.call_soon(callback, sock)
 
 
-def select_writable(fd: int) -> None:
+def wait_for_room(fd: int, crowded: bool) -> None:
+    """Wait until a socket is worth another try."""
     import select
 
     poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    poll.poll()
+    poll.register(fd, 0 if crowded else select.POLLOUT)
+    poll.poll(BACK_OFF * 1000 if crowded else None)
 
 
 def peer_has_closed(fd: int) -> bool:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
-from ._hub import IN, OUT, hub, wake
+from ._hub import BACK_OFF, IN, OUT, hub, wake
 
 if TYPE_CHECKING:
     import asyncio
@@ -97,6 +97,7 @@ class State:
     _expecting = False
     _losing = False
     _watching_exit = False
+    _retrying = False
     _waiters: list[asyncio.Future[None]] | None = None
     _exit_callbacks: Sequence[Callable[[], None]] = ()
 
@@ -190,8 +191,16 @@ class State:
         if channel is not None:
             events = 0 if self.quiet and not self._listeners else IN
             if channel.queued and not self.broken:
-                events |= OUT
+                if not channel.crowded:
+                    events |= OUT
+                elif not self._retrying:
+                    self._retrying = True
+                    hub().later(BACK_OFF, self._retry)
             hub().change(channel.fileno(), events)
+
+    def _retry(self) -> None:
+        self._retrying = False
+        cast("Process", self).flush()
 
     def adopt(self, child: Process) -> None:
         """Be the one who reports the child's end from now on."""

@@ -373,6 +373,13 @@ get_queued(PyObject *self, void *unused)
 }
 
 static PyObject *
+get_crowded(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(((Channel *)self)->out.crowded);
+}
+
+static PyObject *
 get_eof(PyObject *self, void *unused)
 {
     (void)unused;
@@ -408,6 +415,7 @@ static PyMethodDef methods[] = {
 
 static PyGetSetDef getset[] = {
     {"queued", get_queued, NULL, NULL, NULL},
+    {"crowded", get_crowded, NULL, NULL, NULL},
     {"eof", get_eof, NULL, NULL, NULL},
     {"plain", get_plain, NULL, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},

@@ -16,8 +16,6 @@
 #include "fd.h"
 #include "link_type.h"
 
-enum { BACK_OFF = 10 /* milliseconds */ };
-
 static PyObject *
 link_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
@@ -162,25 +160,19 @@ binding_link_wait(Link *l, short events)
 static int
 flush_waiting(Link *l)
 {
-    uint64_t before;
     int r;
 
     while ((r = afork_link_flush(&l->link)) == 0) {
-        before = l->link.out.sent;
-        if (binding_link_wait(l, POLLOUT) < 0)
-            return -1;
-        r = afork_link_flush(&l->link);
-        if (r)
-            break;
-        /* Writable, but nothing was taken: the limit on descriptors in
-         * flight, about whose end nobody tells. */
-        if (l->link.out.sent == before) {
-            Py_BEGIN_ALLOW_THREADS
-            poll(NULL, 0, BACK_OFF);
-            Py_END_ALLOW_THREADS
-            if (PyErr_CheckSignals() < 0 || binding_link_check(l) < 0)
+        if (!l->link.out.crowded) {
+            if (binding_link_wait(l, POLLOUT) < 0)
                 return -1;
+            continue;
         }
+        Py_BEGIN_ALLOW_THREADS
+        poll(NULL, 0, AFORK_OUTQ_BACK_OFF);
+        Py_END_ALLOW_THREADS
+        if (PyErr_CheckSignals() < 0 || binding_link_check(l) < 0)
+            return -1;
     }
     if (r < 0)
         binding_oserror(r);

@@ -24,6 +24,7 @@ afork_outq_reset(struct afork_outq *q)
     q->fds_head = q->fds_tail = 0;
     q->head = q->tail = 0;
     q->sent = 0;
+    q->crowded = 0;
 }
 
 void
@@ -236,6 +237,7 @@ sent(struct afork_outq *q, size_t n)
 int
 afork_outq_flush(struct afork_outq *q, int sock)
 {
+    q->crowded = 0;
     while (afork_outq_len(q)) {
         int fds[AFORK_FDPASS_MAX];
         size_t n, len = next_send(q, fds, &n);
@@ -246,6 +248,7 @@ afork_outq_flush(struct afork_outq *q, int sock)
          * Too many descriptors in flight for this user: the limit counts
          * what no process has received yet, so it passes like a full socket.
          */
+        q->crowded = r == -ETOOMANYREFS;
         if (r == -EAGAIN || r == -ETOOMANYREFS)
             return 0;
         if (r < 0)

@@ -21,6 +21,7 @@ struct afork_outq {
     uint8_t *buf;
     size_t head, tail, cap;
     uint64_t sent; /* bytes the kernel has taken: position of buf[head] */
+    int crowded;   /* the last flush found too many descriptors in flight */
     struct afork_outq_fd *fds;
     size_t fds_head, fds_tail, fds_cap;
 };
@@ -64,8 +65,11 @@ int afork_outq_tagged(struct afork_outq *q, uint8_t letter,
 
 /*
  * Sends what the socket accepts without waiting: 1 when all is sent, 0 when
- * the socket is full, -errno when it is broken.
+ * the socket is full, -errno when it is broken.  Also 0, and crowded, at this
+ * user's limit on descriptors in flight: then the socket has room, and nobody
+ * tells when to try again; so after AFORK_OUTQ_BACK_OFF milliseconds.
  */
+enum { AFORK_OUTQ_BACK_OFF = 10 };
 int afork_outq_flush(struct afork_outq *q, int sock);
 
 /* Takes back what has a tag and none of whose frame has been sent: 1, its tag

@@ -82,12 +82,13 @@ void
 afork_server_flush_all(struct afork_server *s)
 {
     for (;;) {
-        struct pollfd p = {.fd = s->sock, .events = POLLOUT};
+        struct pollfd p = {.fd = s->sock};
 
         afork_server_flush(s);
         if (!afork_outq_len(&s->out))
             return;
-        poll(&p, 1, -1);
+        p.events = s->out.crowded ? 0 : POLLOUT;
+        poll(&p, 1, s->out.crowded ? AFORK_OUTQ_BACK_OFF : -1);
     }
 }
 
@@ -319,18 +320,24 @@ dispatch(struct afork_server *s, struct afork_frame *frame)
     }
 }
 
-/* Waits for a command, a child, an answer of a spare, or room for a report, at
- * most so many milliseconds.  The POLL* of the socket; -1 when time is up. */
+/* Waits for a command, a child, an answer of a spare, or until a report can be
+ * sent, at most so many milliseconds.  The POLL* of the socket; -1 when time is
+ * up. */
 static int
 wait_event(struct afork_server *s, short events, int timeout)
 {
     struct pollfd fds[1 + AFORK_SPARES_MAX] = {{.fd = s->sock}};
-    struct timespec time = {timeout / 1000, timeout % 1000 * 1000000L};
     size_t all = 1 + afork_spares_poll(&s->spares, fds + 1);
+    int early = s->out.crowded &&
+                (timeout < 0 || timeout > AFORK_OUTQ_BACK_OFF);
+    struct timespec time;
     int n;
 
+    if (early)
+        timeout = AFORK_OUTQ_BACK_OFF;
+    time = (struct timespec){timeout / 1000, timeout % 1000 * 1000000L};
     fds[0].events = events;
-    if (afork_outq_len(&s->out))
+    if (afork_outq_len(&s->out) && !s->out.crowded)
         fds[0].events |= POLLOUT;
     n = ppoll(fds, all, timeout < 0 ? NULL : &time, &s->signals.wait_mask);
     if (n < 0 && errno == EINTR)
@@ -340,7 +347,7 @@ wait_event(struct afork_server *s, short events, int timeout)
     /* A descriptor may be about to come. */
     if (n > 0 && fds[0].revents & POLLIN)
         afork_spares_make_room(s);
-    return n > 0 ? fds[0].revents : n < 0 ? 0 : -1;
+    return n > 0 ? fds[0].revents : n < 0 || early ? 0 : -1;
 }
 
 /* There is no command to execute: waits for one, or makes a spare. */

@@ -35,7 +35,8 @@ BASE_FLAGS += SANITIZERS if SANITIZE else []
 STRICT = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
 
 # Calls of src/core that go through shim.c, which counts them and lets them fail.
-WRAPPED = ["sendmsg", "recvmsg", "syscall", "malloc", "calloc", "realloc"]
+WRAPPED = ["sendmsg", "recvmsg", "poll", "ppoll", "syscall"]
+WRAPPED += ["malloc", "calloc", "realloc"]
 WRAP_FLAGS = [f"-Wl,--wrap={name}" for name in WRAPPED]
 
 MODULE = "_afork_core"

@@ -3,6 +3,7 @@
 #include "shim.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,6 +25,9 @@ void *__real_malloc(size_t size);
 void *__real_calloc(size_t n, size_t size);
 void *__real_realloc(void *p, size_t size);
 long __real_syscall(long number, ...);
+int __real_poll(struct pollfd *fds, nfds_t n, int timeout);
+int __real_ppoll(struct pollfd *fds, nfds_t n, const struct timespec *timeout,
+                 const sigset_t *mask);
 
 ssize_t __wrap_sendmsg(int sock, const struct msghdr *msg, int flags);
 ssize_t __wrap_recvmsg(int sock, struct msghdr *msg, int flags);
@@ -31,6 +35,9 @@ void *__wrap_malloc(size_t size);
 void *__wrap_calloc(size_t n, size_t size);
 void *__wrap_realloc(void *p, size_t size);
 long __wrap_syscall(long number, ...);
+int __wrap_poll(struct pollfd *fds, nfds_t n, int timeout);
+int __wrap_ppoll(struct pollfd *fds, nfds_t n, const struct timespec *timeout,
+                 const sigset_t *mask);
 
 /* Whether this call fails, and errno. */
 static int
@@ -68,6 +75,11 @@ __wrap_sendmsg(int sock, const struct msghdr *msg, int flags)
     shim.sends++;
     if (disturbed(shim.sends))
         return -1;
+    if (shim.crowd) {
+        shim.crowd--;
+        errno = ETOOMANYREFS;
+        return -1;
+    }
     if (shim.send_errno) {
         errno = shim.send_errno;
         return -1;
@@ -159,6 +171,21 @@ __wrap_syscall(long number, ...)
     c = number == SYS_close_range ? va_arg(list, int) : 0;
     va_end(list);
     return __real_syscall(number, a, b, c);
+}
+
+int
+__wrap_poll(struct pollfd *fds, nfds_t n, int timeout)
+{
+    shim.busy += shim.crowd && n && fds[0].events & POLLOUT;
+    return __real_poll(fds, n, timeout);
+}
+
+int
+__wrap_ppoll(struct pollfd *fds, nfds_t n, const struct timespec *timeout,
+             const sigset_t *mask)
+{
+    shim.busy += shim.crowd && n && fds[0].events & POLLOUT;
+    return __real_ppoll(fds, n, timeout, mask);
 }
 
 struct collected {

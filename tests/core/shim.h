@@ -14,11 +14,13 @@
 struct shim {
     /* counted */
     int sends, recvs, fds_sent, allocs;
+    int busy; /* waits for room while crowd was not 0 */
     /* faults; 0 is off */
     int io_max;         /* bytes that one sendmsg or recvmsg moves */
     int eintr_every;    /* every n-th sendmsg and recvmsg is interrupted */
     int eagain_every;   /* every n-th finds a full or an empty socket */
     int send_errno;     /* sendmsg fails with it */
+    int crowd;          /* so many more fail with ETOOMANYREFS */
     int alloc_fail_at;  /* the n-th allocation from here fails */
     int no_close_range; /* as Linux 5.10: no CLOSE_RANGE_CLOEXEC */
     int no_pidfd_open;

@@ -14,6 +14,7 @@
  *   nofile                leaves no free descriptor;  "morefiles" undoes it
  *   stranger              leaves a zombie that the loop does not know
  *   steal                 waits for all children of this process
+ *   crowd:N               the next N sends meet the limit in flight
  *   nopidfd, nocloexec    an older kernel
  *   ignore                CHLD and TERM ignored, USR1 blocked
  *   mask                  logs what is blocked and the handlers
@@ -136,6 +137,8 @@ op_command(void *self, uint8_t letter, const uint8_t *payload, size_t len,
     else if (!strcmp(text, "steal"))
         while (wait(NULL) > 0 || errno == EINTR)
             ;
+    else if (!strncmp(text, "crowd:", 6))
+        shim.crowd = atoi(text + 6);
     else if (!strcmp(text, "nopidfd"))
         shim.no_pidfd_open = 1;
     else if (!strcmp(text, "nocloexec"))
@@ -290,7 +293,8 @@ main(int argc, char **argv)
                            &ops, NULL);
     server.detached = strchr(flags, 'd') != NULL;
     r = afork_serve(&server);
-    dprintf(log_fd, "%d left %d\n", getpid(), r);
+    dprintf(log_fd, "%d left %d%s\n", getpid(), r,
+            shim.busy ? " after waiting busily" : "");
     if (r == AFORK_ENTER)
         r = enter(&server);
     afork_server_free(&server);

@@ -231,7 +231,11 @@ def test_in_flight_limit_is_a_full_socket(queue, lib, files):
     expected = queued(queue, files, [(0, b""), (1, b"")])
     lib.shim.send_errno = errno.ETOOMANYREFS
     assert queue.flush() == 0
+    assert queue.q.crowded
     assert len(queue) == len(expected[0])
+    lib.shim.send_errno = errno.EAGAIN
+    assert queue.flush() == 0
+    assert not queue.q.crowded
     lib.shim.send_errno = 0
     assert queue.flush() == 1
     assert queue.received() == expected

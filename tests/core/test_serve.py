@@ -132,6 +132,28 @@ def test_stats(started):
     assert started.end()[0] == 0
 
 
+@pytest.mark.parametrize("how", ["idle", "run", "end"])
+def test_too_many_descriptors_in_flight(server, how):
+    """The socket has room all the time: that is not what is waited for."""
+    server.eval(b"ok")
+    server.expect("STARTED")
+    server.eval(b"crowd:5")
+    if how == "run":
+        server.run(b"exit:0")
+        server.expect("RUNNING")
+        assert server.log()[-1] == "left 1"
+        return
+    if how == "end":
+        server.send("READY", struct.pack("=Q", 1))
+        status, reports, log = server.end()
+        assert reports == [("DONE", 1)]
+    else:
+        done_token(server)
+        status, _, log = server.end()
+    assert status == 0
+    assert log[-1] == "left 0"
+
+
 def test_malformed_stats(started):
     started.send("STATS", b"1234567")
     assert started.end()[0] == 100
