@@ -14,7 +14,9 @@ from ._stats import read_age, read_memory
 
 #: How processes made by afork call themselves unless they were told otherwise.
 _TITLE = "afork: "
-_COLUMNS = ("pid", "ppid", "role", "age", "pss", "private", "huge", "threads")
+_COLUMNS = ("pid", "ppid", "role", "age", "pss", "private", "huge", "threads", "title")
+
+_TEXTS = ("role", "process", "title")
 
 
 @dataclass
@@ -122,10 +124,10 @@ def _print_table(rows: list[list[str]], heads: list[str]) -> None:
     widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
     for row in (heads, *rows):
         cells = [
-            cell.ljust(width) if head in ("role", "process") else cell.rjust(width)
-            for cell, width, head in zip(row, widths, heads, strict=False)
+            cell.ljust(width) if head in _TEXTS else cell.rjust(width)
+            for cell, width, head in zip(row, widths, heads, strict=True)
         ]
-        print("  ".join([*cells, *row[len(heads) :]]).rstrip())
+        print("  ".join(cells).rstrip())
 
 
 def ps() -> int:
@@ -143,11 +145,11 @@ def tree() -> int:
     def add(process: Found, depth: int) -> None:
         pid, _ppid, role, *rest, title = process.row()
         name = title if title.startswith(role) else f"{role} {title}"
-        rows.append([f"{'  ' * depth}{pid} {name[: 60 - 2 * depth]}", *rest])
+        rows.append([f"{'  ' * depth}{pid} {name[:60]}", *rest])
         for child in sorted(process.children, key=lambda p: p.pid):
             add(child, depth + 1)
 
     for process in sorted(found.values(), key=lambda p: p.pid):
         if process.ppid not in found:
             add(process, 0)
-    return _table(rows, ["process", *_COLUMNS[3:]])
+    return _table(rows, ["process", *_COLUMNS[3:-1]])

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import afork
-from afork import _stats
+from afork import _ps, _stats
 
 
 def test_of_a_template(arun):
@@ -152,7 +152,10 @@ def test_command(arun, command):
             timeout=20,
         )
         assert done.returncode == 0, done.stderr
-        words = [line.split() for line in done.stdout.splitlines()[1:]]
+        heading, *rows = done.stdout.splitlines()
+        assert len({line.rstrip() for line in rows}) == len(rows)
+        assert ("title" in heading.split()) == (command == "ps")
+        words = [line.split() for line in rows]
         lines = {int(first): " ".join(rest) for first, *rest in words}
         assert "template" in lines[f.pid]
         assert "worker wait" in lines[child.pid]
@@ -164,6 +167,21 @@ def test_command(arun, command):
         assert await f.wait() == 0
 
     arun(main)
+
+
+def test_names_are_whole_at_any_depth(monkeypatch, capsys):
+    found = {
+        n: _ps.Found(n, n - 1, 1, f"template number {n}", "template")
+        for n in range(1 << 23, (1 << 23) + 50)  # no such processes
+    }
+    for n, process in found.items():
+        if n + 1 in found:
+            process.children.append(found[n + 1])
+    monkeypatch.setattr(_ps, "find", lambda: found)
+    assert _ps.tree() == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    for line, n in zip(lines, found, strict=True):
+        assert f"{n} template number {n}" in line
 
 
 @pytest.mark.parametrize("command", ["ps", "tree"])
