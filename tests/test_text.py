@@ -98,6 +98,22 @@ def test_workers_take_fewer_faults(arun, may_write_text):
     arun(main)
 
 
+def test_a_template_whose_starts_all_find_a_spare(arun, may_write_text):
+    """It forks only in between: then it finds out, and later spares profit."""
+
+    async def main():
+        template = await afork.Fork.new_exec().spares(2).ready()
+        for _ in range(STARTS):
+            while not (await template.stats())["spares"]["ready"]:
+                pass
+            await start(template, 1)
+        assert (await template.stats())["spares"]["misses"] == 0
+        assert (await arranged(template))["text"] == "used"
+        template.close()
+
+    arun(main)
+
+
 def test_what_code_uses_later_is_not_copied(arun, may_write_text):
     """After an eval the template drops what text that has mapped."""
 

@@ -17,7 +17,7 @@ enum {
     IDLE = 1,       /* milliseconds without a command that count as idle */
     PATIENCE = 20,  /* of a template that is never idle, in milliseconds */
     RETRY = 100,    /* after a failed fork; doubled up to 64 times that */
-    TAKE = 1000,    /* milliseconds for taking a request: some 30 us are usual */
+    TAKE = 1000, /* milliseconds for taking a request: some 30 us are usual */
 };
 
 static int64_t
@@ -341,6 +341,10 @@ afork_spares_tend(struct afork_server *s)
         afork_spares_adapt(p);
         p->due = now() + p->period;
     }
+    /* Before the next one: a template whose starts all find a spare forks
+     * nowhere else. */
+    if (afork_server_try(s))
+        return AFORK_NEXT;
     if (!wants(s) || (p->not_yet && p->not_yet > now()))
         return AFORK_NEXT;
     if (s->args.n != p->args_n)
