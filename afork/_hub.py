@@ -70,7 +70,9 @@ class Hub(_afork.Poller):
 
     def wait(self, seconds: float) -> None:
         """Wait for an event without a loop, then drain: for the end of the process."""
-        select.select([self], [], [], max(seconds, 0))
+        poll = select.poll()
+        poll.register(self, select.POLLIN)
+        poll.poll(max(seconds, 0) * 1000)
         self.drain()
 
     def attached(self) -> bool:
