@@ -147,6 +147,8 @@ class Mortal(State):
 
     def send_signal(self, number: int) -> None:
         """Now, or as soon as the process has reported its start."""
+        if not 0 <= number < signal.NSIG:  # before it is queued
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         with hub().lock:
             self.ask_parent()
             if self.exited or (self.gone and self.pidfd < 0):

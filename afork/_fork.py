@@ -647,6 +647,7 @@ class Fork:
 
         Raises:
             ProcessLookupError: it has ended.
+            OSError: EINVAL, there is no such signal.
         """
         self._process.send_signal(int(signal))
 
