@@ -30,8 +30,9 @@ BACK_OFF = 0.01
 class Hub(_afork.Poller):
     """The descriptors that afork watches in this process, and who watches it.
 
-    Its `lock` is held while callbacks run and by calls that queue several
-    frames.
+    Its `lock` is held while events are handled and by calls that queue several
+    frames. What is the user's (a logging handler, a callback) goes to its
+    `after`, which calls it as soon as this thread does not hold it.
     """
 
     def __init__(self) -> None:

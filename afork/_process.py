@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
 import logging
 import os
 import signal
@@ -35,8 +36,8 @@ from ._reports import (
 )
 from ._state import next_id
 
-#: A letter, a payload, and a descriptor or -1.
-_Report: TypeAlias = tuple[int, bytes, int]
+#: A letter, a payload, and a descriptor if there is one; or 0 and an errno.
+_Report: TypeAlias = tuple[int, bytes, _afork.Descriptor | int | None]
 
 #: So many ends of a quiet process's children may wait to be read.
 _UNREAD = 32
@@ -177,16 +178,14 @@ class Process(Mortal):
         # What handles one of them may poll us: first what came first.
         self.reports.extend(reports)
         while self.reports:
-            letter, payload, fd = self.reports.popleft()
-            if self.channel is channel:
-                self._on_report(letter, payload, fd)
-            elif fd >= 0:
-                os.close(fd)  # the report before it ended the conversation
+            report = self.reports.popleft()
+            if self.channel is channel:  # else the one before it has ended it all
+                self._on_report(*report)
         if channel is not None and self.channel is channel and channel.eof:
             self._on_end()
         self._wake()
 
-    def _on_entered(self, pid: int, pidfd: int) -> None:
+    def _on_entered(self, pid: int, pidfd: _afork.Descriptor | None) -> None:
         """Started and running at once: what nearly all starts consist of."""
         try:
             if (
@@ -196,27 +195,30 @@ class Process(Mortal):
                 or self.signals
                 or self.exited
                 or not 0 < pid <= PID_MAX
-                or pidfd < 0
+                or pidfd is None
             ):
                 raise ValueError
             if not self.dropped:
-                check_pidfd(pidfd)
+                check_pidfd(pidfd.fileno())
         except ValueError:
-            started = _afork.REP_STARTED if pidfd >= 0 else _afork.REP_STARTED_BARE
+            started = _afork.REP_STARTED if pidfd else _afork.REP_STARTED_BARE
             self._on_reports(
-                [(started, STARTED.pack(pid), pidfd), (_afork.REP_RUNNING, b"", -1)]
+                [(started, STARTED.pack(pid), pidfd), (_afork.REP_RUNNING, b"", None)]
             )
             return
-        if self.dropped:
-            os.close(pidfd)  # nobody can ask for a signal any more
-        else:
-            self.pidfd = pidfd
+        if not self.dropped:  # else nobody can ask for a signal any more
+            self.pidfd = pidfd.detach()
         self.pid = pid
         self._take_socket()
         self._wake()
 
-    def _on_report(self, letter: int, payload: bytes, fd: int) -> None:
+    def _on_report(
+        self, letter: int, payload: bytes, fd: _afork.Descriptor | int | None
+    ) -> None:
         try:
+            if isinstance(fd, int):
+                self._broken(os.strerror(-fd))
+                return
             if letter == _afork.REP_STARTED or letter == _afork.REP_STARTED_BARE:
                 self._on_started(STARTED.unpack(payload)[0], fd)
             elif letter == _afork.REP_RUNNING:
@@ -253,13 +255,9 @@ class Process(Mortal):
                     child.executed = True
                     child._deliver_queued()
                     child._wake()
-                elif fd >= 0:
-                    os.close(fd)
             else:
-                self._broken(f"unknown report {letter}" if letter else os.strerror(-fd))
+                self._broken(f"unknown report {letter}")
         except (struct.error, ValueError, OverflowError) as exc:
-            if fd >= 0:
-                os.close(fd)
             self._broken(str(exc))
 
     def _broken(self, why: str) -> None:
@@ -268,19 +266,16 @@ class Process(Mortal):
             self.deliver(signal.SIGKILL)  # who knows what it is by now
         self._on_end()
 
-    def _on_started(self, pid: int, fd: int) -> None:
+    def _on_started(self, pid: int, fd: _afork.Descriptor | None) -> None:
         if not 0 < pid <= PID_MAX:
             raise ValueError(f"{pid} is no process id")
-        if fd >= 0:
-            check_pidfd(fd)
+        if fd is not None:
+            check_pidfd(fd.fileno())
         if self.pid is None:  # what we know of our own child is not for it to say
             self.pid = pid
-        if self.pidfd >= 0 or self.exited:
-            if fd >= 0:
-                os.close(fd)
-        elif fd >= 0:
-            self.pidfd = fd
-        else:
+        if self.pidfd < 0 and not self.exited and fd is not None:
+            self.pidfd = fd.detach()
+        elif self.pidfd < 0 and not self.exited:
             try:
                 self._open_pidfd()
             except OSError:
@@ -322,17 +317,17 @@ class Process(Mortal):
         self.exited = True
         self._close()
 
-    def _on_socket(self, id: int, fd: int) -> None:
+    def _on_socket(self, id: int, fd: _afork.Descriptor | None) -> None:
         child = self.children.get(id)
-        if child is not None and child.coming and fd < 0:
+        if child is None or not child.coming:
+            return  # it has been closed before it came
+        if fd is None:
             self._on_failed(id, errno.EMFILE, 0)  # no descriptor was left for it
-        elif child is not None and child.coming:
+        else:
             try:
-                child._attach(fd)
+                child._attach(fd.detach())
             except OSError as exc:
                 self._broken(f"a descriptor that is no process's socket: {exc}")
-        elif fd >= 0:
-            os.close(fd)  # it has been closed before it came
 
     def _on_failed(self, id: int, number: int, stage: int) -> None:
         child = self.children.pop(id, None)
@@ -443,7 +438,10 @@ class Process(Mortal):
         if self.error is None or self.was_logged:
             return
         self.was_logged = True
-        logger.error("process %s failed: %s", self.pid or "(not started)", self.error)
+        told = self.pid or "(not started)", self.error
+        hub().lock.after(
+            functools.partial(logger.error, "process %s failed: %s", *told)
+        )
 
     def told(self) -> None:
         """Somebody has this error, so that the log need not have it.
@@ -550,10 +548,7 @@ class Process(Mortal):
         if self.channel is not None:
             self.channel.close()
             self.channel = None
-        while self.reports:
-            fd = self.reports.popleft()[2]
-            if fd >= 0:
-                os.close(fd)
+        self.reports = None
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
@@ -630,7 +625,7 @@ def call_user(callback: Callable[[socket.socket], object], sock: socket.socket) 
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
-        callback(sock)
+        hub().lock.after(functools.partial(callback, sock))
     else:
         loop.call_soon(callback, sock)
 

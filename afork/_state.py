@@ -92,7 +92,7 @@ class State:
     #: Children made since they were read last.
     unread = 0
     #: Reports that were read and are not handled yet.
-    reports: deque[tuple[int, bytes, int]] | None = None
+    reports: deque[tuple[int, bytes, _afork.Descriptor | int | None]] | None = None
     _listeners = 0
     _expecting = False
     _losing = False

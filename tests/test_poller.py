@@ -88,7 +88,7 @@ def test_started_and_running_are_one_call(ends, at_once):
         send(process, b"user")
     child.deliver(told)
     ((what, pid, pidfd),) = told.calls
-    os.close(pidfd)
+    os.close(pidfd.detach())
     assert (what, pid) == ("entered", 7)
     with socket.socket(fileno=child.detach()) as sock:
         assert sock.recv(10) == b"user"
@@ -99,7 +99,45 @@ def test_started_without_a_descriptor(ends):
     told = Told()
     send(process, BARE_7 + RUNNING)
     child.deliver(told)
-    assert told.calls == [("entered", 7, -1)]
+    assert told.calls == [("entered", 7, None)]
+
+
+@pytest.mark.parametrize("more", [RUNNING, frame(b"d", b"12345678")])
+def test_a_descriptor_that_nobody_took_is_closed(ends, more):
+    """Whatever is raised on the way, and wherever."""
+    _, _, child, process = ends
+
+    class Raising:
+        children = None
+
+        def _on_entered(self, pid, pidfd):
+            raise MemoryError
+
+        _on_reports = None
+
+    before = len(os.listdir("/proc/self/fd"))
+    send(process, STARTED_7 + more, fd=True)
+    with pytest.raises((MemoryError, TypeError)):
+        child.deliver(Raising())
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_descriptor_has_one_owner(ends):
+    _, _, child, process = ends
+    told = Told()
+    send(process, STARTED_7 + RUNNING, fd=True)
+    child.deliver(told)
+    ((_, _, pidfd),) = told.calls
+    number = pidfd.fileno()
+    assert pidfd.detach() == number
+    for gone in (pidfd.detach, pidfd.fileno):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            gone()
+    del pidfd
+    told.calls.clear()
+    os.close(number)  # it was not closed
+    with pytest.raises(TypeError):
+        _afork.Descriptor()
 
 
 def test_one_after_the_other_are_lists(ends):
@@ -110,8 +148,8 @@ def test_one_after_the_other_are_lists(ends):
     send(process, RUNNING + b"user")
     child.deliver(told)
     assert told.calls == [
-        [(ord("n"), STARTED.pack(7), -1)],
-        [(ord("r"), b"", -1)],
+        [(ord("n"), STARTED.pack(7), None)],
+        [(ord("r"), b"", None)],
     ]
     with socket.socket(fileno=child.detach()) as sock:
         assert sock.recv(10) == b"user"
@@ -125,7 +163,7 @@ def test_end_of_file_is_told_with_what_came_before(ends):
     child.deliver(told)
     child.deliver(told)
     assert told.calls == [
-        [(ord("n"), STARTED.pack(7), -1), (ord("d"), b"12345678", -1)],
+        [(ord("n"), STARTED.pack(7), None), (ord("d"), b"12345678", None)],
         [],
     ]
     assert child.eof
@@ -199,7 +237,7 @@ def test_process_and_channel(poller, ends):
     poller.change(child.fileno(), 1)
     send(process, BARE_7)
     poller.drain()
-    assert told.calls == [[(ord("n"), STARTED.pack(7), -1)]]
+    assert told.calls == [[(ord("n"), STARTED.pack(7), None)]]
     poller.unwatch(child.fileno())
     for wrong in [(), (child,), (told, child), (child, told, told)]:
         with pytest.raises(TypeError):

@@ -12,9 +12,11 @@ struct binding_state {
     PyTypeObject *channel_type;
     PyTypeObject *link_type;
     PyTypeObject *poller_type;
+    PyTypeObject *lock_type;
+    PyTypeObject *descriptor_type;
     PyTypeObject *mapping_type;
     /* names, made once */
-    PyObject *on_entered, *on_reports, *children, *acquire, *release;
+    PyObject *on_entered, *on_reports, *children;
 };
 
 /* Sets OSError from a core status (< 0) and returns NULL; MemoryError where
@@ -23,6 +25,45 @@ PyObject *binding_oserror(int status);
 /* The same of a system call: OSError also for ENOMEM.  filename may be NULL.
  */
 PyObject *binding_oserror_name(int status, PyObject *filename);
+
+/* The state of the module that a type, or a base of it, is from; NULL and an
+ * exception. */
+struct binding_state *binding_state_of(PyTypeObject *type);
+
+/* An exception, or none, that is put aside while something is called. */
+#if PY_VERSION_HEX >= 0x030c0000
+struct binding_raised {
+    PyObject *value;
+};
+
+static inline void
+binding_take_raised(struct binding_raised *r)
+{
+    r->value = PyErr_GetRaisedException();
+}
+
+static inline void
+binding_put_raised(struct binding_raised *r)
+{
+    PyErr_SetRaisedException(r->value);
+}
+#else
+struct binding_raised {
+    PyObject *type, *value, *traceback;
+};
+
+static inline void
+binding_take_raised(struct binding_raised *r)
+{
+    PyErr_Fetch(&r->type, &r->value, &r->traceback);
+}
+
+static inline void
+binding_put_raised(struct binding_raised *r)
+{
+    PyErr_Restore(r->type, r->value, r->traceback);
+}
+#endif
 
 /* Strings of a sequence of bytes-like objects, borrowed until released. */
 struct binding_strs {
@@ -38,6 +79,17 @@ extern PyType_Spec binding_channel_spec;
 
 /* poller.c */
 extern PyType_Spec binding_poller_spec;
+
+/* lock.c */
+extern PyType_Spec binding_lock_spec;
+void binding_lock_acquire(PyObject *lock);
+/* -1 and an exception of what had to be called without it. */
+int binding_lock_release(PyObject *lock);
+
+/* descriptor.c */
+extern PyType_Spec binding_descriptor_spec;
+/* NULL and an exception, and it is closed. */
+PyObject *binding_descriptor_take(const struct binding_state *state, int fd);
 
 /* link.c */
 extern PyType_Spec binding_link_spec;

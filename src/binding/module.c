@@ -216,13 +216,13 @@ module_exec(PyObject *module)
     state->on_entered = PyUnicode_InternFromString("_on_entered");
     state->on_reports = PyUnicode_InternFromString("_on_reports");
     state->children = PyUnicode_InternFromString("children");
-    state->acquire = PyUnicode_InternFromString("acquire");
-    state->release = PyUnicode_InternFromString("release");
-    if (!state->on_entered || !state->on_reports || !state->children ||
-        !state->acquire || !state->release)
+    if (!state->on_entered || !state->on_reports || !state->children)
         return -1;
     if (add_type(module, &binding_channel_spec, &state->channel_type) < 0 ||
         add_type(module, &binding_link_spec, &state->link_type) < 0 ||
+        add_type(module, &binding_lock_spec, &state->lock_type) < 0 ||
+        add_type(module, &binding_descriptor_spec, &state->descriptor_type) <
+            0 ||
         add_type(module, &binding_poller_spec, &state->poller_type) < 0)
         return -1;
     state->mapping_type = (PyTypeObject *)PyType_FromModuleAndSpec(
@@ -240,6 +240,8 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->channel_type);
     Py_VISIT(state->link_type);
     Py_VISIT(state->poller_type);
+    Py_VISIT(state->lock_type);
+    Py_VISIT(state->descriptor_type);
     Py_VISIT(state->mapping_type);
     return 0;
 }
@@ -252,12 +254,12 @@ module_clear(PyObject *module)
     Py_CLEAR(state->channel_type);
     Py_CLEAR(state->link_type);
     Py_CLEAR(state->poller_type);
+    Py_CLEAR(state->lock_type);
+    Py_CLEAR(state->descriptor_type);
     Py_CLEAR(state->mapping_type);
     Py_CLEAR(state->on_entered);
     Py_CLEAR(state->on_reports);
     Py_CLEAR(state->children);
-    Py_CLEAR(state->acquire);
-    Py_CLEAR(state->release);
     return 0;
 }
 
@@ -281,6 +283,14 @@ static struct PyModuleDef definition = {
     .m_traverse = module_traverse,
     .m_clear = module_clear,
 };
+
+struct binding_state *
+binding_state_of(PyTypeObject *type)
+{
+    PyObject *module = PyType_GetModuleByDef(type, &definition);
+
+    return module ? PyModule_GetState(module) : NULL;
+}
 
 PyMODINIT_FUNC
 PyInit__afork(void)

@@ -23,7 +23,7 @@ struct watched {
 
 typedef struct {
     PyObject_HEAD
-    PyObject *lock; /* strong: an RLock, held while events are handled */
+    PyObject *lock;        /* strong: a Lock, held while events are handled */
     struct watched *table; /* owned: by descriptor */
     int cap;
     int epoll; /* owned */
@@ -32,8 +32,8 @@ typedef struct {
 static PyObject *
 poller_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    Poller *p = (Poller *)type->tp_alloc(type, 0);
-    PyObject *module;
+    struct binding_state *state = binding_state_of(type);
+    Poller *p = state ? (Poller *)type->tp_alloc(type, 0) : NULL;
 
     (void)args;
     (void)kwargs;
@@ -45,10 +45,7 @@ poller_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         Py_DECREF(p);
         return NULL;
     }
-    module = PyImport_ImportModule("_thread");
-    if (module)
-        p->lock = PyObject_CallMethod(module, "RLock", NULL);
-    Py_XDECREF(module);
+    p->lock = PyObject_CallNoArgs((PyObject *)state->lock_type);
     if (!p->lock)
         Py_CLEAR(p);
     return (PyObject *)p;
@@ -215,41 +212,6 @@ dispatch(const struct binding_state *state, const struct watched *w,
     return binding_channel_tell(state, w->channel, w->owner);
 }
 
-/* An exception, or none, that is put aside while something is called. */
-#if PY_VERSION_HEX >= 0x030c0000
-struct raised {
-    PyObject *value;
-};
-
-static void
-take_raised(struct raised *r)
-{
-    r->value = PyErr_GetRaisedException();
-}
-
-static void
-put_raised(struct raised *r)
-{
-    PyErr_SetRaisedException(r->value);
-}
-#else
-struct raised {
-    PyObject *type, *value, *traceback;
-};
-
-static void
-take_raised(struct raised *r)
-{
-    PyErr_Fetch(&r->type, &r->value, &r->traceback);
-}
-
-static void
-put_raised(struct raised *r)
-{
-    PyErr_Restore(r->type, r->value, r->traceback);
-}
-#endif
-
 static int
 handle(const struct binding_state *state, Poller *p)
 {
@@ -293,23 +255,19 @@ poller_drain(PyObject *self, PyTypeObject *defining, PyObject *const *args,
 {
     struct binding_state *state = PyType_GetModuleState(defining);
     Poller *p = (Poller *)self;
-    PyObject *done = PyObject_CallMethodNoArgs(p->lock, state->acquire);
-    struct raised raised;
+    struct binding_raised raised;
     int r;
 
     (void)args, (void)n, (void)names; /* it takes none */
-    if (!done)
-        return NULL;
-    Py_DECREF(done);
+    binding_lock_acquire(p->lock);
     r = handle(state, p);
-    take_raised(&raised);
-    done = PyObject_CallMethodNoArgs(p->lock, state->release);
-    if (r < 0) {
-        Py_XDECREF(done);
-        put_raised(&raised);
-        return NULL;
-    }
-    return done;
+    if (r == 0)
+        return binding_lock_release(p->lock) < 0 ? NULL : Py_NewRef(Py_None);
+    binding_take_raised(&raised);
+    if (binding_lock_release(p->lock) < 0)
+        PyErr_WriteUnraisable(self);
+    binding_put_raised(&raised);
+    return NULL;
 }
 
 static PyObject *

@@ -55,37 +55,39 @@ next_report(Channel *c, struct afork_frame *ret_frame)
     return 1;
 }
 
+/* A descriptor becomes a Descriptor or None; NULL and an exception. */
+static PyObject *
+descriptor_take(const struct binding_state *state, int fd)
+{
+    return fd < 0 ? Py_NewRef(Py_None) : binding_descriptor_take(state, fd);
+}
+
 /* Adds (letter, payload, descriptor), unless something has failed already: 0,
  * or -1 and an exception, with the descriptor closed. */
 static int
-add(PyObject *list, struct afork_frame *frame, int failed)
+add_take(const struct binding_state *state, PyObject *list,
+         const struct afork_frame *frame, int failed)
 {
-    PyObject *item = NULL;
+    PyObject *item = NULL, *last;
     int r = -1;
 
-    if (!failed)
-        item = Py_BuildValue("iy#i", frame->letter,
+    if (failed) { /* an exception is set already */
+        int fd = frame->letter ? frame->fd : AFORK_NOFD;
+
+        afork_fd_close(&fd);
+        return -1;
+    }
+    last = frame->letter ? descriptor_take(state, frame->fd)
+                         : PyLong_FromLong(frame->fd); /* an errno */
+    if (last)
+        item = Py_BuildValue("iy#O", frame->letter,
                              frame->len ? (const char *)frame->payload : "",
-                             (Py_ssize_t)frame->len, frame->fd);
+                             (Py_ssize_t)frame->len, last);
     if (item)
         r = PyList_Append(list, item);
-    if (r < 0)
-        afork_fd_close(&frame->fd);
     Py_XDECREF(item);
+    Py_XDECREF(last);
     return r;
-}
-
-/* Of reports that nobody will get. */
-static void
-close_descriptors(PyObject *list)
-{
-    for (Py_ssize_t i = 0; list && i < PyList_GET_SIZE(list); i++) {
-        PyObject *fd = PyTuple_GET_ITEM(PyList_GET_ITEM(list, i), 2);
-        int n = (int)PyLong_AsLong(fd);
-
-        if (n >= 0) /* else a negative errno, or none */
-            afork_fd_close(&n);
-    }
 }
 
 /* Whether a report is about the end of a process that is of no interest to
@@ -111,7 +113,8 @@ is_idle_exit(const struct afork_frame *frame, PyObject *children)
 /* Goes on after those that are in the list, leaving out the ends of all but
  * these children: 0, or -1 and an exception. */
 static int
-receive_into(Channel *c, PyObject *list, PyObject *children)
+receive_into(const struct binding_state *state, Channel *c, PyObject *list,
+             PyObject *children)
 {
     struct afork_frame frame;
     size_t bytes = 0;
@@ -129,7 +132,7 @@ receive_into(Channel *c, PyObject *list, PyObject *children)
         bytes += frame.len;
         if (is_idle_exit(&frame, children))
             continue;
-        r = add(list, &frame, 0);
+        r = add_take(state, list, &frame, 0);
         if (r < 0 || frame.letter == AFORK_REP_RUNNING)
             break; /* the bytes behind it are the user's */
     }
@@ -140,6 +143,7 @@ receive_into(Channel *c, PyObject *list, PyObject *children)
 PyObject *
 binding_channel_receive(PyObject *self, PyObject *unused)
 {
+    const struct binding_state *state = PyType_GetModuleState(Py_TYPE(self));
     Channel *c = (Channel *)self;
     PyObject *list;
     int gc;
@@ -149,10 +153,8 @@ binding_channel_receive(PyObject *self, PyObject *unused)
         return NULL;
     gc = hold_gc();
     list = PyList_New(0);
-    if (list && receive_into(c, list, NULL) < 0) {
-        close_descriptors(list);
+    if (list && receive_into(state, c, list, NULL) < 0)
         Py_CLEAR(list);
-    }
     resume_gc(gc);
     return list;
 }
@@ -167,16 +169,15 @@ is_started(const struct afork_frame *frame)
 
 /* Tells a process: started and running at once. */
 static PyObject *
-call_entered(PyObject *name, PyObject *process, uint32_t pid, int pidfd)
+call_entered_take(const struct binding_state *state, PyObject *process,
+                  uint32_t pid, int pidfd)
 {
     PyObject *args[3] = {process, PyLong_FromUnsignedLong(pid),
-                         PyLong_FromLong(pidfd)};
+                         descriptor_take(state, pidfd)};
     PyObject *result = NULL;
 
     if (args[1] && args[2])
-        result = PyObject_VectorcallMethod(name, args, 3, NULL);
-    else
-        afork_fd_close(&pidfd);
+        result = PyObject_VectorcallMethod(state->on_entered, args, 3, NULL);
     Py_XDECREF(args[1]);
     Py_XDECREF(args[2]);
     return result;
@@ -218,24 +219,22 @@ binding_channel_tell(const struct binding_state *state, PyObject *self,
         first.payload = (uint8_t *)&pid; /* the buffer is used again */
         more = next_report(c, &second);
         if (more && second.letter == AFORK_REP_RUNNING && !second.len)
-            return call_entered(state->on_entered, process, pid, first.fd);
+            return call_entered_take(state, process, pid, first.fd);
     }
     gc = hold_gc();
     list = PyList_New(0);
     r = list ? 0 : -1;
     if (started)
-        r = add(list, &first, r);
+        r = add_take(state, list, &first, r);
     else
         second = first;
     children = r == 0 ? PyObject_GetAttr(process, state->children) : NULL;
     if (r == 0)
         PyErr_Clear(); /* without them nothing is left out */
     if (more && !is_idle_exit(&second, children))
-        r = add(list, &second, r);
+        r = add_take(state, list, &second, r);
     if (r == 0 && more && second.letter != AFORK_REP_RUNNING)
-        r = receive_into(c, list, children);
-    if (r < 0)
-        close_descriptors(list);
+        r = receive_into(state, c, list, children);
     resume_gc(gc);
     if (r == 0)
         result = PyObject_CallMethodOneArg(process, state->on_reports, list);

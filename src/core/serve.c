@@ -328,8 +328,8 @@ wait_event(struct afork_server *s, short events, int timeout)
 {
     struct pollfd fds[1 + AFORK_SPARES_MAX] = {{.fd = s->sock}};
     size_t all = 1 + afork_spares_poll(&s->spares, fds + 1);
-    int early = s->out.crowded &&
-                (timeout < 0 || timeout > AFORK_OUTQ_BACK_OFF);
+    int early =
+        s->out.crowded && (timeout < 0 || timeout > AFORK_OUTQ_BACK_OFF);
     struct timespec time;
     int n;
 
