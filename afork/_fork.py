@@ -351,10 +351,14 @@ class Fork:
         process.flush()
         return self
 
-    async def ready(self) -> Self:
+    async def ready(self, *, spares: bool = False) -> Self:
         """Wait until everything queued so far has run.
 
         In plain mode: until it has been sent, as there are no answers.
+
+        Args:
+            spares: Wait for as many spares as are wanted, too; no longer than
+                until one cannot be made.
 
         Raises:
             RemoteError: code in the process raised.
@@ -375,17 +379,22 @@ class Fork:
             return self
         token = next_id()
         if process.channel is not None:
-            process.channel.frame(_afork.CMD_READY, token.to_bytes(8, sys.byteorder))
+            payload = token.to_bytes(8, sys.byteorder) + (b"\1" if spares else b"")
+            process.channel.frame(_afork.CMD_READY, payload)
             process.flush()
+
+        def is_done() -> bool:
+            return (process.warm if spares else process.done) >= token
+
         await process.until(
             lambda: (
-                process.done >= token
+                is_done()
                 or process.error is not None
                 or (process.gone and process.released)
             )
         )
         process.raise_error()
-        if process.done < token:
+        if not is_done():
             raise ClosedError("closed while ready was awaited")
         return self
 

@@ -232,7 +232,13 @@ class Process(Mortal):
                 if child is not None:
                     child.on_exited(None if status == -1 else status, tuple(usage))
             elif letter == _afork.REP_DONE:
-                self.done = max(self.done, TOKEN.unpack(payload)[0])
+                token = TOKEN.unpack(payload[: TOKEN.size])[0]
+                if payload[TOKEN.size :] == b"\1":
+                    self.warm = max(self.warm, token)
+                elif len(payload) > TOKEN.size:
+                    raise ValueError("malformed DONE")
+                else:
+                    self.done = max(self.done, token)
             elif letter == _afork.REP_ERROR:
                 self.fail(error_from(payload))
             elif letter == _afork.REP_STATS:

@@ -55,6 +55,8 @@ class State:
     was_logged = False
     #: Highest token of a ready request that was answered.
     done = 0
+    #: The same of those that wait for spares.
+    warm = 0
     #: Nothing can be written any more; what explains it may be readable.
     broken = False
     #: Its socket has come to an end.

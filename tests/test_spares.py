@@ -51,9 +51,27 @@ async def ready_spares(template, n: int, but: set[int] = frozenset()) -> set[int
 
 
 async def template_with(n: int):
-    f = afork.Fork.new_exec().eval(ASK).spares(n)
-    await f.ready()
+    f = await afork.Fork.new_exec().eval(ASK).spares(n).ready(spares=True)
     return f, await ready_spares(f, n)
+
+
+def test_waited_for(arun):
+    async def main():
+        f = await afork.Fork.new_exec().spares(3).ready(spares=True)
+        assert (await f.stats())["spares"]["ready"] == 3
+        for change in (lambda: f.eval("pass"), lambda: f.spares(5)):
+            waits = asyncio.gather(*(change().ready(spares=n != 1) for n in range(3)))
+            await waits
+            told = (await f.stats())["spares"]
+            assert told["ready"] == told["most"]
+        await f.spares(0).ready(spares=True)
+        waiting = asyncio.ensure_future(f.eval("1 / 0").spares(2).ready(spares=True))
+        with pytest.raises(afork.RemoteError, match="division by zero"):
+            await waiting
+        f.close()
+        assert await f.wait() == 0
+
+    arun(main)
 
 
 def test_run(arun):

@@ -63,10 +63,14 @@ afork_report_running(struct afork_server *s)
 }
 
 void
-afork_report_done(struct afork_server *s, uint64_t token)
+afork_report_done(struct afork_server *s, uint64_t token, int spares)
 {
+    uint8_t payload[sizeof token + 1] = {[sizeof token] = 1};
+
+    memcpy(payload, &token, sizeof token);
     if (!silent(s))
-        afork_outq_frame(&s->out, AFORK_REP_DONE, &token, sizeof token);
+        afork_outq_frame(&s->out, AFORK_REP_DONE, payload,
+                         sizeof token + (size_t) !!spares);
 }
 
 void

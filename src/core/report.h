@@ -18,7 +18,7 @@ int afork_report_pidfd(pid_t pid);
 void afork_report_started(struct afork_server *s);
 void afork_report_failure(struct afork_server *s);
 void afork_report_running(struct afork_server *s);
-void afork_report_done(struct afork_server *s, uint64_t token);
+void afork_report_done(struct afork_server *s, uint64_t token, int spares);
 void afork_report_stats(struct afork_server *s, uint64_t token,
                         const uint8_t *data, size_t len);
 void afork_report_exited(struct afork_server *s,

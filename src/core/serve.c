@@ -185,12 +185,16 @@ static int
 handle_ready(struct afork_server *s, const struct afork_frame *frame)
 {
     uint64_t token;
+    int spares = frame->len == sizeof token + 1; /* answered when idle */
 
-    if (frame->len != sizeof token)
+    if (frame->len != sizeof token && !spares)
         return afork_server_protocol_error(s, "malformed ready request");
     memcpy(&token, frame->payload, sizeof token);
     afork_report_started(s);
-    afork_report_done(s, token);
+    if (spares)
+        s->spares.asked = token; /* as those before it are, then */
+    else
+        afork_report_done(s, token, 0);
     return AFORK_NEXT;
 }
 
@@ -356,6 +360,7 @@ idle(struct afork_server *s)
 {
     afork_report_started(s);
     afork_server_reap(s);
+    afork_spares_tell(s);
     afork_server_flush(s);
     if (afork_server_fork_orphans(s))
         return AFORK_NEXT;

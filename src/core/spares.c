@@ -10,6 +10,7 @@
 
 #include "fd.h"
 #include "fdpass.h"
+#include "report.h"
 #include "serve_parts.h"
 
 enum {
@@ -273,6 +274,17 @@ wants(const struct afork_server *s)
 
     return p->n < AFORK_SPARES_MAX && !s->failure.payload && !s->mute &&
            !s->plain && afork_spares_ready(p) < p->target;
+}
+
+void
+afork_spares_tell(struct afork_server *s)
+{
+    struct afork_spares *p = &s->spares;
+
+    if (!p->asked || (wants(s) && !p->not_yet))
+        return;
+    afork_report_done(s, p->asked, 1);
+    p->asked = 0;
 }
 
 int

@@ -47,6 +47,7 @@ struct afork_spares {
     unsigned retries; /* attempts that have failed in a row */
     int64_t since;    /* when one was first seen to be missing; 0: none is */
     int eager;        /* nothing has happened since the last one was made */
+    uint64_t asked;   /* token of who waits for them; 0: nobody does */
     uint64_t hits, misses, died;
 };
 
@@ -62,6 +63,10 @@ void afork_spares_drop(struct afork_server *s);
 /* The same, if only pending arguments have come or gone. */
 void afork_spares_check_args(struct afork_server *s);
 size_t afork_spares_ready(const struct afork_spares *p);
+
+/* Answers who waits for all of them, once they are there or one could not be
+ * made. */
+void afork_spares_tell(struct afork_server *s);
 
 /* Gives a request to a spare: 1, and sock is consumed; or 0 without one. */
 int afork_spares_start(struct afork_server *s, int sock, uint64_t id);

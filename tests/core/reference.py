@@ -349,7 +349,7 @@ def parse(name: str, payload: bytes, fds) -> tuple:
         case "STATS":
             return (*struct.unpack_from("=Q", payload), payload[8:])
         case "DONE":
-            return struct.unpack("=Q", payload)
+            return struct.unpack("=Q", payload[:8])
     assert not payload
     return ()
 

@@ -357,6 +357,20 @@ def test_given_up_when_descriptors_are_short(template):
         assert child.rest().count(b"handle") == handles
 
 
+def test_who_waits_for_them_is_answered_without_them(template):
+    """They cannot be made: with the next attempt nobody is kept waiting."""
+    template.eval(b"nofile")
+    template.send("SPARES", struct.pack("=I", 2))
+    template.send("READY", struct.pack("=QB", 7, 1))
+    assert template.report() == ("DONE", 7)
+    template.eval(b"morefiles")
+    template.pids(2)
+    template.send("READY", struct.pack("=QB", 8, 1))
+    assert template.report() == ("DONE", 8)
+    template.send("READY", struct.pack("=QB", 9, 1) + b"x")
+    assert template.report()[1:3] == ("protocol", errno.EPROTO)
+
+
 def test_none_without_descriptors(template):
     template.eval(b"nofile")
     template.send("SPARES", struct.pack("=I", 2))
