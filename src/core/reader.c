@@ -36,6 +36,7 @@ afork_reader_reset(struct afork_reader *r)
     afork_fd_close(&r->early_fd);
     r->head_got = r->payload_got = 0;
     r->early_at = r->early_end = 0;
+    r->error = 0;
 }
 
 void
@@ -224,9 +225,8 @@ grow(struct afork_reader *r, uint32_t len)
     return 0;
 }
 
-int
-afork_reader_next(struct afork_reader *r, int sock,
-                  struct afork_frame *ret_frame)
+static int
+next_frame(struct afork_reader *r, int sock, struct afork_frame *ret_frame)
 {
     enum afork_carry carry;
     int fd = AFORK_NOFD, n;
@@ -278,4 +278,28 @@ afork_reader_next(struct afork_reader *r, int sock,
         .fd = fd,
     };
     return 1;
+}
+
+/* Once broken, what follows in the stream would be taken for something else. */
+static int
+keep_error(struct afork_reader *r, int n)
+{
+    if (n < 0 && n != -ENOMEM)
+        r->error = n;
+    return n;
+}
+
+int
+afork_reader_next(struct afork_reader *r, int sock,
+                  struct afork_frame *ret_frame)
+{
+    return r->error ? r->error : keep_error(r, next_frame(r, sock, ret_frame));
+}
+
+int
+afork_reader_next_is(struct afork_reader *r, int sock, uint8_t letter,
+                     uint32_t len)
+{
+    return !r->error && keep_error(r, recv_head(r, sock)) > 0 &&
+           r->head[0] == letter && afork_wire_head_len(r->head) == len;
 }

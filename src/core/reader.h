@@ -27,7 +27,8 @@ struct afork_reader {
     int early_fd;   /* owned: rides on a frame that begins in there */
     uint32_t ahead; /* bytes to ask for at once, 0 for exact reads */
     int ahead_once;
-    int hold; /* nothing is to be read ahead for now */
+    int hold;  /* nothing is to be read ahead for now */
+    int error; /* what the stream has come to: a negative errno, or 0 */
 };
 
 struct afork_frame {
@@ -63,5 +64,10 @@ int afork_reader_has_early(const struct afork_reader *r);
  */
 int afork_reader_next(struct afork_reader *r, int sock,
                       struct afork_frame *ret_frame);
+
+/* Whether the next frame is of this letter and length; it stays to be taken, and
+ * so does an error. */
+int afork_reader_next_is(struct afork_reader *r, int sock, uint8_t letter,
+                         uint32_t len);
 
 #endif

@@ -51,8 +51,8 @@ struct afork_ops {
     char *const *(*environ)(void *self);
 };
 
-/* The processes of one request whose sockets have been made in advance: so
- * many at a time, as each takes two descriptors. */
+/* Processes that were asked for and whose sockets are here: so many at a time,
+ * as each takes a descriptor, or two. */
 enum { AFORK_BATCH = 64 };
 struct afork_batch {
     int socks[AFORK_BATCH]; /* owned: ends of processes still to be forked */

@@ -5,6 +5,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <unistd.h>
 
@@ -204,18 +205,69 @@ afork_server_fork(struct afork_server *s)
     return AFORK_NEXT;
 }
 
+/* Whether more has come, and a slot is free for a descriptor that comes with
+ * it: without one it would be lost, as it is not while it waits. */
+static int
+can_receive(struct afork_server *s)
+{
+    int bytes = 0, probe;
+
+    if (ioctl(s->sock, FIONREAD, &bytes) < 0 || !bytes)
+        return 0;
+    probe = afork_fd_dup(s->sock);
+    if (probe < 0)
+        return 0;
+    afork_fd_close(&probe);
+    return 1;
+}
+
+static void
+ask_take(struct afork_batch *b, const struct afork_frame *frame)
+{
+    memcpy(&b->ids[b->n], frame->payload, sizeof *b->ids);
+    b->socks[b->n++] = frame->fd;
+}
+
+/* Forks for one of the batch; in the child 1. */
+static int
+fork_from_batch(struct afork_server *s, size_t i)
+{
+    int sock = s->batch.socks[i];
+
+    s->batch.socks[i] = AFORK_NOFD; /* the child closes the others */
+    return fork_for_take(s, sock, s->batch.ids[i], 0);
+}
+
+/*
+ * While a socket is under way in another, the kernel looks for garbage whenever
+ * any socket is closed (unix_gc): at the end of each worker, and once more in
+ * the application. So requests that wait for a fork wait here, not in the
+ * kernel.
+ */
 int
 afork_server_fork_id(struct afork_server *s, struct afork_frame *frame)
 {
+    struct afork_batch *b = &s->batch;
+    struct afork_frame more;
     int sock = frame->fd;
-    uint64_t id;
 
-    if (frame->len != sizeof id) {
+    if (frame->len != sizeof *b->ids) {
         afork_fd_close(&sock);
         return afork_server_protocol_error(s, "malformed fork request");
     }
-    memcpy(&id, frame->payload, sizeof id);
-    fork_for_take(s, sock, id, 0);
+    ask_take(b, frame);
+    for (size_t i = 0; i < b->n; i++) {
+        if (i)
+            afork_server_flush(s); /* as between any two requests */
+        while (b->n < AFORK_BATCH && can_receive(s) &&
+               afork_reader_next_is(&s->in, s->sock, AFORK_CMD_FORK_ID,
+                                    sizeof *b->ids) &&
+               afork_reader_next(&s->in, s->sock, &more) > 0)
+            ask_take(b, &more);
+        if (fork_from_batch(s, i))
+            return AFORK_NEXT;
+    }
+    b->n = 0;
     return AFORK_NEXT;
 }
 
@@ -265,13 +317,9 @@ afork_server_fork_many(struct afork_server *s, const struct afork_frame *frame)
     for (size_t at = 0; at < n && !s->mute;) {
         at += open_batch(s, frame->payload + at * sizeof(uint64_t),
                          n - at < AFORK_BATCH ? n - at : AFORK_BATCH);
-        for (size_t i = 0; i < b->n; i++) {
-            int sock = b->socks[i];
-
-            b->socks[i] = AFORK_NOFD; /* the child closes the others */
-            if (fork_for_take(s, sock, b->ids[i], 0))
+        for (size_t i = 0; i < b->n; i++)
+            if (fork_from_batch(s, i))
                 return AFORK_NEXT;
-        }
         b->n = 0;
     }
     return AFORK_NEXT;

@@ -362,6 +362,8 @@ def test_wrong_descriptor_byte(ffi, lib, files, byte, count):
         r.ours.sendall(frame(b"h"))
         socket.send_fds(r.ours, [byte], [files[0]] * count)
         assert r.take() == ([], "EPROTO")
+        r.ours.sendall(frame(b"e", b"good"))
+        assert r.take() == ([], "EPROTO")  # and it stays so
     assert open_fds() == before
 
 

@@ -3,13 +3,14 @@
 import contextlib
 import errno
 import os
+import resource
 import signal
 import socket
 import struct
 
 import pytest
 
-from .reference import exec_payload
+from .reference import Peer, exec_payload, frame
 from .server import FORK, done_token, names, spawn
 
 
@@ -73,6 +74,88 @@ def test_many_forks(started):
     seen = {number: pid for _, number, pid, _, _ in started.expect(*["EXITED"] * 20)}
     assert seen == pids
     assert started.end()[0] == 0
+
+
+@contextlib.contextmanager
+def stopped(server):
+    """What is sent meanwhile is all there when the server looks."""
+    os.kill(server.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, server.pid, os.WSTOPPED | os.WNOWAIT)
+    yield
+    os.kill(server.pid, signal.SIGCONT)
+
+
+def test_requests_that_wait(started):
+    """In their order, before what follows; no child holds a socket that waits."""
+    started.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    with contextlib.ExitStack() as stack:
+        with stopped(started):
+            # More than are received ahead.
+            children = {n: stack.enter_context(started.fork(n)) for n in range(1, 81)}
+            started.send_list("ARGS", b"later")
+            late = stack.enter_context(started.fork(81))
+        for child in [*children.values(), late]:
+            child.run(b"dump")
+        pids = []
+        for child in children.values():
+            ((_, pid), _) = child.expect("STARTED", "RUNNING")
+            pids.append(pid)
+            lines = child.rest().decode().splitlines()
+            assert not [x for x in lines if x.startswith(("fd", "bytes"))]
+        late.expect("STARTED", "RUNNING")
+        assert "bytes later" in late.rest().decode().splitlines()
+    exited = {n: pid for _, n, pid, _, _ in started.expect(*["EXITED"] * 81)}
+    assert [exited[n] for n in children] == pids
+    assert started.end()[0] == 0
+
+
+def test_requests_that_wait_for_a_free_descriptor(started):
+    """They are not received before there is a slot, which would lose them."""
+    used = {int(name) for name in os.listdir(f"/proc/{started.pid}/fd")}
+    free = min(set(range(len(used) + 1)) - used)
+    limit = resource.prlimit(started.pid, resource.RLIMIT_NOFILE)
+    assert free + 1 not in used
+    resource.prlimit(started.pid, resource.RLIMIT_NOFILE, (free + 1, limit[1]))
+    with contextlib.ExitStack() as stack:
+        with stopped(started):
+            children = [stack.enter_context(started.fork(n)) for n in range(1, 6)]
+        for child in children:
+            child.run(b"exit:0")
+            assert names(child.reports())[-1] == "RUNNING"
+    assert [x[0] for x in started.expect(*["EXITED"] * 5)] == ["EXITED"] * 5
+    assert started.end()[0] == 0
+
+
+def test_half_a_request_behind_another(started):
+    ours, theirs = socket.socketpair()
+    data = frame(b"F", struct.pack("=Q", 2))
+    with Peer(ours) as half:
+        with stopped(started), theirs:
+            child = started.fork(1)
+            socket.send_fds(started.sock, [data[:7]], [theirs.fileno()])
+        with child:
+            child.run(b"dump")
+            child.expect("STARTED", "RUNNING")
+            assert "\nfd " not in child.rest().decode()
+        started.sock.sendall(data[7:])
+        half.expect("STARTED")
+    assert {x[1] for x in started.expect("EXITED", "EXITED")} == {1, 2}
+
+
+def test_malformed_request_behind_others(serve):
+    server = serve("d")
+    server.expect("STARTED")
+    with contextlib.ExitStack() as stack:
+        with stopped(server):
+            children = [stack.enter_context(server.fork(n)) for n in (1, 2)]
+            server.send("FORK_ID", b"1234567", server.sock.fileno())
+        assert server.expect("ERROR")[0][1] == "protocol"
+        assert server.process.wait(20) == 100
+        for child in children:
+            child.expect("STARTED")
+            done_token(child)
+            child.sock.shutdown(socket.SHUT_WR)
+            assert child.report() is None
 
 
 def test_fork_of_a_fork(started):
