@@ -14,6 +14,7 @@
 
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "hugepage.h"
 
@@ -31,9 +32,8 @@ struct slab {
 };
 
 static struct {
-    int closed; /* no new arenas: this is a worker.  First: every one writes
-                   it, and memory.c's page is near */
-    int installed;
+    pid_t pid; /* of whom they are: in a worker there are no new ones.  Else
+                  each would write that it is one */
     PyObjectArenaAllocator theirs; /* for what does not fit, and to free it */
     size_t n;
     size_t bytes;  /* in arenas that were handed out here */
@@ -121,7 +121,8 @@ arena_alloc(void *ctx, size_t size)
 
     (void)ctx;
     /* Pieces of the interpreter's stack come here as well, and are small. */
-    if (own.closed || size % UNIT || !n || n > UNITS || !is_ours())
+    if (size % UNIT || !n || n > UNITS || !is_ours() ||
+        getpid() != own.pid)
         return own.theirs.alloc(own.theirs.ctx, size);
     for (size_t i = own.n; i-- > 0;)
         if ((arena = slab_alloc(own.slabs[i], n)))
@@ -169,18 +170,11 @@ binding_arena_install(void)
 {
     PyObjectArenaAllocator ours = {NULL, arena_alloc, arena_free};
 
-    if (own.installed)
+    if (own.pid)
         return;
     PyObject_GetArenaAllocator(&own.theirs);
     PyObject_SetArenaAllocator(&ours);
-    own.installed = 1;
-}
-
-void
-binding_arena_forked(void)
-{
-    /* A worker would be given 2 MiB for the first object that it makes. */
-    own.closed = 1;
+    own.pid = getpid();
 }
 
 size_t

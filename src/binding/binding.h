@@ -162,7 +162,6 @@ PyObject *binding_map_private(PyObject *module, PyObject *args);
 
 /* arena.c: where a template's objects live */
 void binding_arena_install(void);
-void binding_arena_forked(void);
 size_t binding_arena_count(size_t *ret_bytes);
 
 /* freeze.c */
@@ -177,8 +176,6 @@ void binding_memory_command(void);
 /* Everything but what the caller writes between forks, at n addresses, is made
  * ready to be shared; alone: no child lives. */
 void binding_memory_before_fork(const void *const *keep, size_t n, int alone);
-void binding_memory_after_fork(void);
-void binding_memory_forked(void); /* in the child */
 int binding_memory_no_text(void); /* whether text stays as it is */
 void binding_memory_collapse(const void *const *keep, size_t n);
 PyObject *binding_memory_huge_pages(PyObject *module, PyObject *unused);

@@ -22,7 +22,6 @@ static struct {
     int gc_frozen; /* the collector's objects have been frozen once */
     int changed;   /* Python has run since the last fork */
     int uncollapsed;
-    int forked;           /* this process has forked */
     int frozen;           /* freeze() was asked for */
     Py_ssize_t immortal;  /* objects that it has made so */
     const char *collapse; /* what became of it */
@@ -33,13 +32,6 @@ void
 binding_memory_command(void)
 {
     m.changed = m.uncollapsed = 1;
-}
-
-void
-binding_memory_forked(void)
-{
-    binding_arena_forked();
-    m.forked = 0;
 }
 
 static int
@@ -107,12 +99,20 @@ binding_memory_collapse(const void *const *keep, size_t n)
     m.uncollapsed = 0;
 }
 
+static int
+has_forked(void)
+{
+    const struct afork_server *server = binding_current_server();
+
+    return server && server->forked;
+}
+
 void
 binding_memory_before_fork(const void *const *keep, size_t n, int alone)
 {
     int failed = 0;
 
-    if (m.changed && m.frozen && !m.forked) {
+    if (m.changed && m.frozen && !has_forked()) {
         failed = call("afork._memory", "freeze_all");
     } else if (m.changed && !m.no_gc_freeze) {
         /* From the second time on there is only what is new to look at, and
@@ -124,17 +124,11 @@ binding_memory_before_fork(const void *const *keep, size_t n, int alone)
     }
     if (failed < 0)
         PyErr_WriteUnraisable(NULL);
-    m.changed = 0;
+    if (m.changed) /* else each fork would copy the page */
+        m.changed = 0;
     /* While a child lives it would be copied instead of moved. */
     if (m.uncollapsed && alone)
         binding_memory_collapse(keep, n);
-}
-
-void
-binding_memory_after_fork(void)
-{
-    if (!m.forked) /* a write for each fork would copy the page each time */
-        m.forked = 1;
 }
 
 /* In a main program that is about to fork a template of itself. */
@@ -196,7 +190,7 @@ binding_memory_immortalise(PyObject *module, PyObject *args)
     (void)module;
     if (!PyArg_ParseTuple(args, "O!:immortalise", &PyList_Type, &roots))
         return NULL;
-    if (m.forked) {
+    if (has_forked()) {
         PyErr_SetString(PyExc_RuntimeError,
                         "freeze() must come before the first fork, and "
                         "before spares(), which forks in advance");

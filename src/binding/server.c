@@ -27,7 +27,6 @@ enum {
 };
 
 struct py_server {
-    struct afork_server server;
     PyObject *handler;             /* strong */
     PyObject *func;                /* strong: what run has found, or NULL */
     PyObject *sock;                /* strong: blank until run fills it */
@@ -42,6 +41,7 @@ struct py_server {
     int interested;   /* signals may have handlers in Python */
     int clear_atexit; /* the process has exit handlers a child must not run */
     struct py_server *outer;
+    struct afork_server server; /* last: its end is seldom written */
 };
 
 /* The innermost server of this process; one thread serves. */
@@ -269,8 +269,8 @@ before_fork(struct py_server *p)
 static void
 prepare_memory(struct py_server *p)
 {
-    const void *keep[] = {p, p->server.in.payload, p->server.out.buf,
-                          p->server.children.list};
+    const void *keep[] = {p, (char *)(p + 1) - 1, p->server.in.payload,
+                          p->server.out.buf, p->server.children.list};
 
     binding_memory_before_fork(keep, sizeof keep / sizeof *keep,
                                p->server.children.n == 0);
@@ -293,10 +293,6 @@ op_fork(void *self)
             afork_image_clear(p->server.image);
     }
     pid = fork_python(&p->server);
-    if (pid == 0)
-        binding_memory_forked();
-    else if (pid > 0)
-        binding_memory_after_fork();
     if (pid == 0 && p->clear_atexit) {
         answers_true(p->handler, "clear_atexit", Py_None);
         p->clear_atexit = 0;

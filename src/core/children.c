@@ -7,6 +7,8 @@
 #include <string.h>
 #include <sys/wait.h>
 
+#include "lent.h"
+
 void
 afork_children_init(struct afork_children *c)
 {
@@ -16,8 +18,16 @@ afork_children_init(struct afork_children *c)
 void
 afork_children_free(struct afork_children *c)
 {
-    free(c->list);
+    afork_lent_free(c->list, c->lent);
     afork_children_init(c);
+}
+
+void
+afork_children_lend(struct afork_children *c, struct afork_child *list,
+                    size_t n)
+{
+    c->list = c->lent = list;
+    c->cap = n;
 }
 
 int
@@ -28,7 +38,8 @@ afork_children_reserve(struct afork_children *c)
 
     if (c->n < c->cap)
         return 0;
-    p = realloc(c->list, cap * sizeof *c->list);
+    p = afork_lent_grow(c->list, c->lent, c->n * sizeof *c->list,
+                        cap * sizeof *c->list);
     if (!p)
         return -ENOMEM;
     c->list = p;

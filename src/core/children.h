@@ -15,9 +15,13 @@ struct afork_child {
 struct afork_children {
     struct afork_child *list; /* ordered by pid */
     size_t n, cap;
+    void *lent; /* borrowed: the first list, or NULL */
 };
 
 void afork_children_init(struct afork_children *c);
+/* Memory for the first n; see afork_outq_lend. */
+void afork_children_lend(struct afork_children *c, struct afork_child *list,
+                         size_t n);
 void afork_children_free(struct afork_children *c);
 
 /* Makes sure that the next add cannot fail.  -ENOMEM. */

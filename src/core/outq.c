@@ -7,6 +7,7 @@
 
 #include "fd.h"
 #include "fdpass.h"
+#include "lent.h"
 
 enum { KEEP = 64 << 10 }; /* an empty buffer above this is given back */
 
@@ -31,8 +32,8 @@ void
 afork_outq_free(struct afork_outq *q)
 {
     afork_outq_reset(q);
-    free(q->fds);
-    free(q->buf);
+    afork_lent_free(q->fds, q->lent_fds);
+    afork_lent_free(q->buf, q->lent);
     afork_outq_init(q);
 }
 
@@ -44,8 +45,8 @@ afork_outq_end(const struct afork_outq *q)
 
 /* Makes room for more elements of size bytes behind *tail. */
 static int
-reserve(void **base, size_t *head, size_t *tail, size_t *cap, size_t more,
-        size_t size)
+reserve(void **base, const void *lent, size_t *head, size_t *tail, size_t *cap,
+        size_t more, size_t size)
 {
     size_t used = *tail - *head, want = *cap ? *cap : 512 / size;
     void *p;
@@ -64,7 +65,7 @@ reserve(void **base, size_t *head, size_t *tail, size_t *cap, size_t more,
             return -ENOMEM;
         want *= 2;
     }
-    p = realloc(*base, want * size);
+    p = afork_lent_grow(*base, lent, used * size, want * size);
     if (!p)
         return -ENOMEM;
     *base = p;
@@ -76,8 +77,8 @@ static int
 reserve_fds(struct afork_outq *q, size_t more)
 {
     void *p = q->fds;
-    int r = reserve(&p, &q->fds_head, &q->fds_tail, &q->fds_cap, more,
-                    sizeof *q->fds);
+    int r = reserve(&p, q->lent_fds, &q->fds_head, &q->fds_tail, &q->fds_cap,
+                    more, sizeof *q->fds);
 
     q->fds = p;
     return r;
@@ -87,7 +88,7 @@ static int
 reserve_bytes(struct afork_outq *q, size_t more)
 {
     void *p = q->buf;
-    int r = reserve(&p, &q->head, &q->tail, &q->cap, more, 1);
+    int r = reserve(&p, q->lent, &q->head, &q->tail, &q->cap, more, 1);
 
     q->buf = p;
     return r;
@@ -102,10 +103,13 @@ put_bytes(struct afork_outq *q, const void *data, size_t len)
 }
 
 void
-afork_outq_prepare(struct afork_outq *q)
+afork_outq_lend(struct afork_outq *q, void *memory, size_t size,
+                struct afork_outq_fd *fds, size_t n)
 {
-    (void)reserve_bytes(q, 1);
-    (void)reserve_fds(q, 1);
+    q->buf = q->lent = memory;
+    q->cap = q->lent_cap = size;
+    q->fds = q->lent_fds = fds;
+    q->fds_cap = q->lent_fds_cap = n;
 }
 
 int
@@ -260,13 +264,13 @@ afork_outq_flush(struct afork_outq *q, int sock)
     q->fds_head = q->fds_tail = 0;
     if (q->cap > KEEP) {
         free(q->buf);
-        q->buf = NULL;
-        q->cap = 0;
+        q->buf = q->lent;
+        q->cap = q->lent_cap;
     }
     if (q->fds_cap * sizeof *q->fds > KEEP) {
         free(q->fds);
-        q->fds = NULL;
-        q->fds_cap = 0;
+        q->fds = q->lent_fds;
+        q->fds_cap = q->lent_fds_cap;
     }
     return 1;
 }

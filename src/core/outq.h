@@ -24,12 +24,15 @@ struct afork_outq {
     int crowded;   /* the last flush found too many descriptors in flight */
     struct afork_outq_fd *fds;
     size_t fds_head, fds_tail, fds_cap;
+    void *lent, *lent_fds; /* borrowed: the first buf and fds, or NULL */
+    size_t lent_cap, lent_fds_cap;
 };
 
 void afork_outq_init(struct afork_outq *q);
-/* Room for a few frames now, so that none is needed right after a fork, when
- * each touch of the heap costs a page.  Without memory it comes later. */
-void afork_outq_prepare(struct afork_outq *q);
+/* Memory for a few frames, and for n descriptors: a template has it in the page
+ * that it writes at each fork anyway.  It must outlive the queue. */
+void afork_outq_lend(struct afork_outq *q, void *memory, size_t size,
+                     struct afork_outq_fd *fds, size_t n);
 /* Closes and forgets what is queued, but keeps the memory. */
 void afork_outq_reset(struct afork_outq *q);
 /* Frees all and closes the descriptors that were not sent. */

@@ -7,11 +7,9 @@
 
 #include "fd.h"
 #include "fdpass.h"
+#include "lent.h"
 
-enum {
-    SMALL = 512,
-    CHUNK = 64 << 10, /* what is kept, and the first allocation */
-};
+enum { CHUNK = 64 << 10 }; /* what is kept, and the first allocation */
 
 void
 afork_reader_init(struct afork_reader *r, enum afork_direction direction)
@@ -23,10 +21,10 @@ afork_reader_init(struct afork_reader *r, enum afork_direction direction)
 }
 
 void
-afork_reader_prepare(struct afork_reader *r)
+afork_reader_lend(struct afork_reader *r, void *memory, uint32_t size)
 {
-    r->payload = malloc(SMALL);
-    r->payload_cap = r->payload ? SMALL : 0;
+    r->payload = r->lent = memory;
+    r->payload_cap = r->lent_cap = size;
 }
 
 void
@@ -43,7 +41,7 @@ void
 afork_reader_free(struct afork_reader *r)
 {
     afork_reader_reset(r);
-    free(r->payload);
+    afork_lent_free(r->payload, r->lent);
     free(r->early);
     r->payload = r->early = NULL;
     r->payload_cap = r->ahead = 0;
@@ -181,8 +179,8 @@ recv_head(struct afork_reader *r, int sock)
         /* The buffer of the frame before lasts until here. */
         if (r->payload_cap > CHUNK) {
             free(r->payload);
-            r->payload = NULL;
-            r->payload_cap = 0;
+            r->payload = r->lent;
+            r->payload_cap = r->lent_cap;
         }
         r->payload_got = 0;
     }
@@ -217,7 +215,7 @@ grow(struct afork_reader *r, uint32_t len)
         cap = cap > len / 2 ? len : cap * 2;
     if (cap > len)
         cap = len;
-    p = realloc(r->payload, cap);
+    p = afork_lent_grow(r->payload, r->lent, r->payload_got, cap);
     if (!p)
         return -ENOMEM;
     r->payload = p;

@@ -22,6 +22,8 @@ struct afork_reader {
     uint8_t *
         payload; /* grows with what has arrived, not with what was announced */
     uint32_t payload_got, payload_cap;
+    void *lent; /* borrowed: the first payload, or NULL */
+    uint32_t lent_cap;
     uint8_t *early; /* what was read ahead: early_at .. early_end */
     uint32_t early_at, early_end;
     int early_fd;   /* owned: rides on a frame that begins in there */
@@ -40,8 +42,8 @@ struct afork_frame {
 };
 
 void afork_reader_init(struct afork_reader *r, enum afork_direction direction);
-/* Memory for small frames now; see afork_outq_prepare. */
-void afork_reader_prepare(struct afork_reader *r);
+/* Memory for small frames; see afork_outq_lend. */
+void afork_reader_lend(struct afork_reader *r, void *memory, uint32_t size);
 /* Forgets a half-read frame, but keeps the memory. */
 void afork_reader_reset(struct afork_reader *r);
 void afork_reader_free(struct afork_reader *r);

@@ -47,8 +47,11 @@ afork_server_init_take(struct afork_server *s, int sock, int plain,
     afork_children_init(&s->children);
     afork_spares_init(&s->spares);
     s->pidfd = AFORK_NOFD;
-    afork_reader_prepare(&s->in);
-    afork_outq_prepare(&s->out);
+    afork_reader_lend(&s->in, s->near.in, sizeof s->near.in);
+    afork_outq_lend(&s->out, s->near.out, sizeof s->near.out, s->near.fds,
+                    sizeof s->near.fds / sizeof *s->near.fds);
+    afork_children_lend(&s->children, s->near.children,
+                        sizeof s->near.children / sizeof *s->near.children);
 }
 
 void
@@ -108,7 +111,7 @@ child_exited(void *arg, const struct afork_child *child, int status,
 void
 afork_server_reap(struct afork_server *s)
 {
-    if (s->children.n && afork_signals_chld())
+    if (s->children.n && afork_signals_chld(&s->signals))
         afork_children_reap(&s->children, child_exited, s);
 }
 
@@ -344,8 +347,10 @@ wait_event(struct afork_server *s, short events, int timeout)
     if (afork_outq_len(&s->out) && !s->out.crowded)
         fds[0].events |= POLLOUT;
     n = ppoll(fds, all, timeout < 0 ? NULL : &time, &s->signals.wait_mask);
-    if (n < 0 && errno == EINTR)
+    if (n < 0 && errno == EINTR) {
+        s->signals.chld_seen = 1;
         s->ops->interrupted(s->self);
+    }
     if (n >= 0 && all > 1)
         afork_spares_answers(s);
     /* A descriptor may be about to come. */

@@ -55,11 +55,22 @@ struct afork_ops {
  * as each takes a descriptor, or two. */
 enum { AFORK_BATCH = 64 };
 struct afork_batch {
+    size_t n;
     int socks[AFORK_BATCH]; /* owned: ends of processes still to be forked */
     uint64_t ids[AFORK_BATCH];
-    size_t n;
 };
 
+/* Of queues and lists as much as is mostly needed. */
+struct afork_near {
+    struct afork_outq_fd fds[16];
+    struct afork_child children[32];
+    uint8_t in[512], out[512];
+};
+
+/*
+ * What is written at each fork comes first: the template copies each page that
+ * it writes then, and so does its child.
+ */
 struct afork_server {
     int sock;     /* owned */
     int plain;    /* the original's protocol and nothing else */
@@ -69,11 +80,9 @@ struct afork_server {
     struct afork_outq out;
     struct afork_args args;
     struct afork_children children;
-    struct afork_batch batch;
-    struct afork_spares spares;
     int pidfd;       /* owned: our own, opened in advance, or AFORK_NOFD */
     uint64_t starts; /* processes that were asked for */
-    struct afork_signals signals;
+    int forked;      /* this process has */
     /* Which text the workers use, see image.h. */
     const char *trial_function; /* run in the trial; NULL: there is none */
     int tried;                  /* or given up */
@@ -87,6 +96,10 @@ struct afork_server {
     int mute;                     /* the application reads no more */
     const struct afork_ops *ops;
     void *self;
+    struct afork_near near;
+    struct afork_signals signals;
+    struct afork_batch batch;
+    struct afork_spares spares;
 };
 
 /* How the loop was left. */

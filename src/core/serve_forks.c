@@ -59,6 +59,7 @@ fork_server(struct afork_server *s, uint64_t id)
         s->children.n = 0;
         s->started = 0;
         s->starts = 0;
+        s->forked = 0;
         s->mute = 0;
         if (s->trial) { /* it is our parent's */
             afork_image_free(s->trial);
@@ -68,8 +69,10 @@ fork_server(struct afork_server *s, uint64_t id)
         }
     }
     afork_signals_restore(&old);
-    if (pid > 0)
+    if (pid > 0) {
+        s->forked = 1;
         afork_children_add(&s->children, pid, id);
+    }
     return pid;
 }
 

@@ -10,14 +10,11 @@
 static const int managed[AFORK_MANAGED] = {SIGINT, SIGQUIT, SIGTERM,
                                            SIGHUP, SIGTSTP, SIGCHLD};
 
-static volatile sig_atomic_t chld_seen = 1;
-
 /* Not SIG_IGN: that would survive exec into every program started here. */
 static void
 swallow(int sig)
 {
-    if (sig == SIGCHLD)
-        chld_seen = 1;
+    (void)sig;
 }
 
 static void
@@ -48,6 +45,7 @@ void
 afork_signals_enter(struct afork_signals *s)
 {
     memset(s, 0, sizeof *s);
+    s->chld_seen = 1;
     install(s);
     chld_mask(SIG_BLOCK);
     sigprocmask(SIG_BLOCK, NULL, &s->wait_mask);
@@ -66,20 +64,20 @@ afork_signals_close(struct afork_signals *s)
 {
     chld_mask(SIG_BLOCK);
     install(s);
-    chld_seen = 1; /* whoever it was delivered to */
+    s->chld_seen = 1; /* whoever it was delivered to */
 }
 
 int
-afork_signals_chld(void)
+afork_signals_chld(struct afork_signals *s)
 {
     const struct timespec none = {0, 0};
-    int seen = chld_seen;
+    int seen = s->chld_seen;
     sigset_t chld;
 
     /* A template that is never idle does not open the signal. */
     sigemptyset(&chld);
     sigaddset(&chld, SIGCHLD);
-    chld_seen = 0;
+    s->chld_seen = 0;
     return sigtimedwait(&chld, NULL, &none) == SIGCHLD || seen;
 }
 

@@ -16,6 +16,8 @@ enum { AFORK_MANAGED = 6 };
 struct afork_signals {
     struct sigaction theirs[AFORK_MANAGED]; /* what a worker is given back */
     sigset_t wait_mask;                     /* CHLD open, for ppoll */
+    int chld_seen; /* set by whoever the signal may have interrupted: a handler
+                      would write to another page than the rest */
 };
 
 /* Installs no-op handlers, blocks CHLD, remembers what was there. */
@@ -33,7 +35,7 @@ int afork_signals_foreign(void);
 
 /* Whether a child may have ended since the last call.  Asking the kernel for
  * each child would cost more with each that lives. */
-int afork_signals_chld(void);
+int afork_signals_chld(struct afork_signals *s);
 
 /* Blocks everything around a fork, and undoes it. */
 void afork_signals_block_all(sigset_t *ret_old);

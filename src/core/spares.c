@@ -45,7 +45,7 @@ is_handed(const struct afork_spare *one)
 void
 afork_spares_init(struct afork_spares *p)
 {
-    memset(p, 0, sizeof *p);
+    memset(p, 0, offsetof(struct afork_spares, list));
     p->period = PERIOD;
     p->patience = TAKE;
 }

@@ -33,7 +33,6 @@ struct afork_spare {
 };
 
 struct afork_spares {
-    struct afork_spare list[AFORK_SPARES_MAX];
     size_t n;
     unsigned most;    /* what was asked for; 0: all of this does nothing */
     unsigned target;  /* what the starts of late are worth, up to most */
@@ -49,6 +48,7 @@ struct afork_spares {
     int eager;        /* nothing has happened since the last one was made */
     uint64_t asked;   /* token of who waits for them; 0: nobody does */
     uint64_t hits, misses, died;
+    struct afork_spare list[AFORK_SPARES_MAX]; /* last: see afork_server */
 };
 
 void afork_spares_init(struct afork_spares *p);
