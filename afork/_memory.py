@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 from . import _afork
 
@@ -74,16 +75,35 @@ def freeze_all() -> None:
     Raises:
         RuntimeError: the process has forked; its children have copies.
     """
-    roots = _types()
+    # Some versions walk over thawed objects only.
+    _freeze(_types(), only_new=False)
+
+
+def freeze_new() -> None:
+    """Share what has come since, in a process whose objects were shared before.
+
+    What a module has got is found. What else was put into an older object is only
+    if the collector knows it, or something new refers to it.
+    """
+    roots = [
+        object.__getattribute__(module, "__dict__")
+        for module in [*sys.modules.values()]
+        if issubclass(type(module), type(sys))  # may be anything, and load on a touch
+    ]
+    _freeze(roots, only_new=True)
+
+
+def _freeze(roots: list[object], only_new: bool) -> None:
     enabled = gc.isenabled()
     gc.collect()
-    # Some versions walk over thawed objects only. No collection may come before
-    # they are frozen again: it would take those that are immortal already out of
-    # the collector's books (3.14), and with them what was put into them since.
+    # No collection may come before they are frozen again: it would take those that
+    # are immortal already out of the collector's books (3.14), and with them what
+    # was put into them since.
     gc.disable()
-    gc.unfreeze()
+    if not only_new:
+        gc.unfreeze()
     try:
-        _afork.immortalise(roots)
+        _afork.immortalise(roots, only_new)
     finally:
         gc.freeze()
         if enabled:
@@ -104,7 +124,8 @@ def stats() -> dict[str, int | str | bool]:
     - ``collapsed_bytes``, ``refused_bytes``
     - ``frozen``: whether `Fork.freeze` was called
     - ``immortal``: "used", or why no object was made immortal;
-      ``immortal_objects``: how many were
+      ``immortal_objects``: how many were; ``visited_objects``: how many were
+      looked into for that, the last time
     - ``gc_frozen``: objects that the garbage collector leaves alone
     - ``text``: whether the interpreter's text was arranged so that a fork copies
       what workers use of it: "used", "not yet" (before the 32nd start), "trial"

@@ -7,6 +7,7 @@ import decimal
 import importlib.util
 import sys
 import sysconfig
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,45 @@ def test_templates_of_a_frozen_one(arun):
         assert await ask(root.fork(), "len(a)") == 1
         f.close()
         root.close()
+
+    arun(main)
+
+
+def test_what_is_inherited_is_not_visited_again(arun):
+    """Nor what was frozen before; what is new is found all the same."""
+    late = """
+    class Late:
+        names = [["one" * 9], {"two" * 9: ("three" * 9,)}]
+    flat = "four" * 9
+    def refs():
+        import sys
+        one, two = Late.names
+        found = (Late, Late.names, one[0], *two, *two.values(), flat, refs.__code__)
+        return [sys.getrefcount(x) > 1 << 30 for x in found]
+    """
+
+    async def main():
+        root = afork.Fork.new_exec().eval(DATA).freeze()
+        all_of_it = await stats(root.fork())
+        f = root.fork().eval(textwrap.dedent(late))
+        assert await ask(f.fork(), "refs()") == [IMMORTAL] * 7
+        new = await stats(f.fork())
+        again = root.fork().fork()  # without having run anything
+        assert (await stats(again))["visited_objects"] == all_of_it["visited_objects"]
+        if IMMORTAL:
+            assert all_of_it["visited_objects"] > 13_000  # the dictionaries
+            assert new["visited_objects"] < 3000
+            assert new["immortal_objects"] > all_of_it["immortal_objects"]
+        else:
+            assert new["visited_objects"] == 0
+        # Asked for, it looks at everything: what was put into an older list, too.
+        whole = root.fork().eval("data.append('late' * 9)").freeze()
+        refcount = "__import__('sys').getrefcount(data[-1]) > 1 << 30"
+        assert await ask(whole.fork(), refcount) is IMMORTAL
+        found = await stats(whole.fork())
+        assert found["visited_objects"] >= all_of_it["visited_objects"] - 1000
+        root.close()
+        f.close()
 
     arun(main)
 

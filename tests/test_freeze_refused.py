@@ -57,10 +57,17 @@ def test_nothing_is_changed(tmp_path, why):
     loaded = ctypes.PyDLL(str(library))
     loaded.binding_immortal_refused.restype = ctypes.c_char_p
     loaded.binding_immortalise.restype = ctypes.c_ssize_t
-    loaded.binding_immortalise.argtypes = [ctypes.py_object, ctypes.c_void_p]
+    visited = ctypes.c_ssize_t(-1)
+    loaded.binding_immortalise.argtypes = [
+        ctypes.py_object,
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.POINTER(ctypes.c_ssize_t),
+    ]
     mine = ["a string of its own" * 2, [1.5]]
     before = [sys.getrefcount(x) for x in mine]
-    for _ in range(2):
+    for only_new in (0, 1):
         assert loaded.binding_immortal_refused() == why.encode()
-        assert loaded.binding_immortalise([mine], None) == 0
+        assert loaded.binding_immortalise([mine], None, only_new, visited) == 0
+        assert visited.value == 0
     assert [sys.getrefcount(x) for x in mine] == before

@@ -167,8 +167,10 @@ size_t binding_arena_count(size_t *ret_bytes);
 /* freeze.c */
 /* Why no object can be made immortal here, or NULL. */
 const char *binding_immortal_refused(void);
-/* Makes all objects immortal but one; how many, or -1 with an exception. */
-Py_ssize_t binding_immortalise(PyObject *roots, PyObject *except);
+/* Makes all objects immortal but one; how many, or -1 with an exception.
+ * only_new: what refers to them is new as well, or among the roots. */
+Py_ssize_t binding_immortalise(PyObject *roots, PyObject *except, int only_new,
+                               Py_ssize_t *ret_visited);
 
 /* memory.c: a template's memory around its forks */
 /* Python is about to run. */

@@ -32,10 +32,13 @@ binding_immortal_refused(void)
 }
 
 Py_ssize_t
-binding_immortalise(PyObject *roots, PyObject *except)
+binding_immortalise(PyObject *roots, PyObject *except, int only_new,
+                    Py_ssize_t *ret_visited)
 {
     (void)roots;
     (void)except;
+    (void)only_new;
+    *ret_visited = 0;
     return 0;
 }
 
@@ -111,7 +114,8 @@ struct walk {
     PyObject **stack; /* seen, but what they refer to not yet */
     size_t n, cap;
     PyObject *except;
-    Py_ssize_t made;
+    int only_new; /* what is immortal has been looked into */
+    Py_ssize_t made, visited;
     int failed;
 };
 
@@ -125,8 +129,8 @@ see(PyObject *op, void *arg)
         return 0;
     set_immortal(op);
     w->made++;
-    /* What the collector knows comes by itself. */
-    if (PyObject_IS_GC(op) && PyObject_GC_IsTracked(op))
+    /* What the collector knows comes by itself, unless that is skipped. */
+    if (!w->only_new && PyObject_IS_GC(op) && PyObject_GC_IsTracked(op))
         return 0;
     if (!PyObject_IS_GC(op) && !PyCode_Check(op) &&
         !(Py_TYPE(op)->tp_flags & Py_TPFLAGS_HEAPTYPE))
@@ -216,10 +220,18 @@ look_into(PyObject *op, struct walk *w)
 {
     traverseproc traverse = Py_TYPE(op)->tp_traverse;
 
+    w->visited++;
     see((PyObject *)Py_TYPE(op), w);
     if (traverse && PyObject_IS_GC(op))
         traverse(op, see, w);
     see_hidden(op, w);
+}
+
+static void
+finish(struct walk *w)
+{
+    while (w->n)
+        look_into(w->stack[--w->n], w);
 }
 
 /* For each object that the collector knows: 1 to go on. */
@@ -228,25 +240,30 @@ take(PyObject *op, void *arg)
 {
     struct walk *w = arg;
 
-    see(op, w);
-    if (op != w->except)
+    see(op, w); /* if it is new and only_new, this puts it on the stack */
+    if (!w->only_new && op != w->except)
         look_into(op, w);
-    while (w->n)
-        look_into(w->stack[--w->n], w);
+    finish(w);
     return 1;
 }
 
 Py_ssize_t
-binding_immortalise(PyObject *roots, PyObject *except)
+binding_immortalise(PyObject *roots, PyObject *except, int only_new,
+                    Py_ssize_t *ret_visited)
 {
-    struct walk w = {.except = except};
+    struct walk w = {.except = except, .only_new = only_new};
 
+    *ret_visited = 0;
     if (binding_immortal_refused())
         return 0;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(roots); i++)
-        take(PyList_GET_ITEM(roots, i), &w);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(roots); i++) {
+        see(PyList_GET_ITEM(roots, i), &w);
+        look_into(PyList_GET_ITEM(roots, i), &w);
+        finish(&w);
+    }
     PyUnstable_GC_VisitObjects(take, &w);
     PyMem_RawFree(w.stack);
+    *ret_visited = w.visited;
     if (w.failed) {
         PyErr_NoMemory();
         return -1;

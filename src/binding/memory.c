@@ -24,6 +24,7 @@ static struct {
     int uncollapsed;
     int frozen;           /* freeze() was asked for */
     Py_ssize_t immortal;  /* objects that it has made so */
+    Py_ssize_t visited;   /* looked into for that, the last time */
     const char *collapse; /* what became of it */
     struct afork_collapse collapsed;
 } m = {.changed = 1, .uncollapsed = 1, .collapse = "not yet"};
@@ -113,7 +114,7 @@ binding_memory_before_fork(const void *const *keep, size_t n, int alone)
     int failed = 0;
 
     if (m.changed && m.frozen && !has_forked()) {
-        failed = call("afork._memory", "freeze_all");
+        failed = call("afork._memory", "freeze_new");
     } else if (m.changed && !m.no_gc_freeze) {
         /* From the second time on there is only what is new to look at, and
          * what is garbage by now would be kept for ever. */
@@ -180,15 +181,18 @@ text_word(const struct afork_server *s)
     return s->trial_pid ? "trial" : s->tried ? "nothing to gain" : "not yet";
 }
 
-/* immortalise(roots): the objects of this process; how many are new. */
+/* immortalise(roots, only_new): the objects of this process; how many were not
+ * immortal yet. */
 PyObject *
 binding_memory_immortalise(PyObject *module, PyObject *args)
 {
     PyObject *roots;
+    int only_new;
     Py_ssize_t n = 0;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "O!:immortalise", &PyList_Type, &roots))
+    if (!PyArg_ParseTuple(args, "O!p:immortalise", &PyList_Type, &roots,
+                          &only_new))
         return NULL;
     if (has_forked()) {
         PyErr_SetString(PyExc_RuntimeError,
@@ -197,7 +201,8 @@ binding_memory_immortalise(PyObject *module, PyObject *args)
         return NULL;
     }
     if (!m.no_immortal) {
-        n = binding_immortalise(roots, binding_worker_socket());
+        n = binding_immortalise(roots, binding_worker_socket(), only_new,
+                                &m.visited);
         if (n < 0)
             return NULL;
     }
@@ -221,7 +226,7 @@ binding_memory_stats(PyObject *module, PyObject *unused)
     else if (m.no_immortal)
         refused = "switched off";
     return Py_BuildValue(
-        "{snsnsLsLsssKsKsisOsnsssssnsi}", "arenas", (Py_ssize_t)arenas,
+        "{snsnsLsLsssKsKsisOsnsnsssssnsi}", "arenas", (Py_ssize_t)arenas,
         "arena_bytes", (Py_ssize_t)bytes, "private_bytes",
         (long long)afork_huge_private(), "huge_bytes",
         (long long)afork_huge_bytes(), "collapse", m.collapse,
@@ -229,6 +234,7 @@ binding_memory_stats(PyObject *module, PyObject *unused)
         "refused_bytes", (unsigned long long)m.collapsed.refused,
         "collapse_errno", m.collapsed.error, "frozen",
         m.frozen ? Py_True : Py_False, "immortal_objects", m.immortal,
+        "visited_objects", m.visited,
         "immortal", refused ? refused : "used", "text", text_word(server),
         "text_bytes", server ? (Py_ssize_t)server->image_pages * 4096 : 0,
         "text_errno", server ? server->image_error : 0);

@@ -262,12 +262,12 @@ afork_outq_flush(struct afork_outq *q, int sock)
     }
     q->head = q->tail = 0;
     q->fds_head = q->fds_tail = 0;
-    if (q->cap > KEEP) {
+    if (q->cap > (q->lent ? q->lent_cap : KEEP)) {
         free(q->buf);
         q->buf = q->lent;
         q->cap = q->lent_cap;
     }
-    if (q->fds_cap * sizeof *q->fds > KEEP) {
+    if (q->fds_cap > (q->lent_fds ? q->lent_fds_cap : KEEP / sizeof *q->fds)) {
         free(q->fds);
         q->fds = q->lent_fds;
         q->fds_cap = q->lent_fds_cap;

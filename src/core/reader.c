@@ -177,7 +177,7 @@ recv_head(struct afork_reader *r, int sock)
             r->head_fd = fd;
         r->head_got += (uint32_t)n;
         /* The buffer of the frame before lasts until here. */
-        if (r->payload_cap > CHUNK) {
+        if (r->payload_cap > (r->lent ? r->lent_cap : CHUNK)) {
             free(r->payload);
             r->payload = r->lent;
             r->payload_cap = r->lent_cap;

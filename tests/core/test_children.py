@@ -207,6 +207,22 @@ def test_many_in_any_order(run):
     )
 
 
+def test_lent_list_is_outgrown(ffi, lib):
+    c = ffi.new("struct afork_children *")
+    lent = ffi.new("struct afork_child[]", 4)
+    lib.afork_children_init(c)
+    lib.afork_children_lend(c, lent, 4)
+    for pid in range(9, 0, -1):
+        assert lib.afork_children_reserve(c) == 0
+        lib.afork_children_add(c, pid, pid * 2)
+        assert (c.list == lent) is (c.n <= 4)
+    assert [(c.list[i].pid, c.list[i].id) for i in range(9)] == [
+        (pid, pid * 2) for pid in range(1, 10)
+    ]
+    lib.afork_children_free(c)
+    assert c.list == ffi.NULL
+
+
 def test_table_order(ffi, lib):
     """Pids wrap around: a later child may sort first."""
     children = ffi.new("struct afork_children *")

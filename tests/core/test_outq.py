@@ -18,12 +18,16 @@ bounded = settings(max_examples=500, deadline=None, database=None, print_blob=Tr
 class Queue:
     """A C queue that sends into one end of a socket; `right` is the other."""
 
-    def __init__(self, ffi, lib):
+    def __init__(self, ffi, lib, lent=0):
         self.ffi, self.lib = ffi, lib
         self.left, self.right = socket.socketpair()
         self.right.setblocking(False)
         self.q = ffi.new("struct afork_outq *")
         lib.afork_outq_init(self.q)
+        self.lent = ffi.new("uint8_t[]", lent + 1)
+        self.lent_fds = ffi.new("struct afork_outq_fd[]", 2)
+        if lent:
+            lib.afork_outq_lend(self.q, self.lent, lent, self.lent_fds, 2)
 
     def __enter__(self):
         return self
@@ -77,9 +81,9 @@ class Queue:
         return got
 
 
-@pytest.fixture
-def queue(ffi, lib):
-    with Queue(ffi, lib) as q:
+@pytest.fixture(params=[0, 20], ids=["own", "lent"])
+def queue(ffi, lib, request):
+    with Queue(ffi, lib, request.param) as q:
         yield q
 
 
@@ -239,6 +243,27 @@ def test_in_flight_limit_is_a_full_socket(queue, lib, files):
     lib.shim.send_errno = 0
     assert queue.flush() == 1
     assert queue.received() == expected
+
+
+def test_lent_memory_is_outgrown_and_taken_again(ffi, lib, files):
+    with Queue(ffi, lib, 40) as q:
+        for _ in range(2):
+            assert q.fd(files[0], b"a") == q.fd(files[1], b"b") == 0
+            assert (q.q.buf, q.q.cap) == (q.lent, 40)
+            assert (q.q.fds, q.q.fds_cap) == (q.lent_fds, 2)
+            for _ in range(3000):
+                assert q.fd(files[2], b"c" * 20, first=True) == 0
+            assert q.q.buf != q.lent
+            assert q.q.fds != q.lent_fds
+            data = b""
+            while q.flush() == 0:
+                data += q.received()[0]
+            data += q.received()[0]
+            expected = frame(b"h", b"a") + b"\0" + frame(b"h", b"b") + b"\0"
+            assert data == expected + 3000 * frame(b"F", b"c" * 20)
+            assert q.q.buf == q.lent
+            assert q.q.fds == q.lent_fds
+        assert q.lent[40] == 0
 
 
 def test_broken_socket(queue, files):

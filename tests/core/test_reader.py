@@ -323,6 +323,20 @@ def test_cap(ffi, lib):
             assert r.reader.payload_cap == 0
 
 
+def test_lent_memory_is_outgrown_and_taken_again(ffi, lib):
+    small, large = bytes(range(40)), bytes(range(250)) * 400
+    lent = ffi.new("uint8_t[]", 41)
+    with Reading(ffi, lib) as r:
+        lib.afork_reader_lend(r.reader, lent, 40)
+        for payload in (small, small + b"x", large, small):
+            r.ours.sendall(frame(b"e", payload[:30]))
+            r.ours.sendall(frame(b"e", payload))
+            assert r.take()[0] == [(ord("e"), p, -1) for p in (payload[:30], payload)]
+            assert (r.reader.payload == lent) is (len(payload) <= 40)
+            assert r.reader.payload_cap >= len(payload)
+        assert lent[40] == 0
+
+
 def test_memory_grows_with_what_arrives(ffi, lib):
     """A header that announces 16 MiB costs nothing until they come."""
     payload = bytes(range(256)) * 4096
