@@ -129,8 +129,7 @@ def stats() -> dict[str, int | str | bool]:
     - ``gc_frozen``: objects that the garbage collector leaves alone
     - ``text``: whether the interpreter's text was arranged so that a fork copies
       what workers use of it: "used", "not yet" (before the 32nd start), "trial"
-      (it is being found out), "large" (it is in huge pages, which a trial would
-      split), "nothing to gain", "refused" (``text_errno`` says
+      (it is being found out), "nothing to gain", "refused" (``text_errno`` says
       why), "switched off"; ``text_bytes``: how much is copied
     """
     found: dict[str, int | str | bool] = _afork.memory_stats()

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 import afork
-from afork import _memory
+from afork import _afork, _memory
 
+from .conftest import need
 from .scripts.api_ask import ask
-from .scripts.memory_tools import stats
+from .scripts.memory_tools import DATA, huge_pages, stats
 
 STARTS = 32  # those before the trial
 LEAVE = "builtins.id"
@@ -75,6 +76,29 @@ def test_text_that_workers_use_is_private(arun, may_write_text):
         assert found["text"] == "used", found
         private = sum(p for _, p in text_of(template.pid).values())
         assert 0 < private << 10 == found["text_bytes"] < 2 << 20
+        template.close()
+
+    arun(main)
+
+
+def test_huge_pages_stay_whole(arun, may_write_text):
+    """A trial beside workers that live: each write in one would split it."""
+    huge = _afork.huge_pages()
+    need("collapse", huge == "ok", f"the kernel cannot collapse: {huge}")
+
+    async def main():
+        template = afork.Fork.new_exec().eval(DATA)
+        template.eval("def wait(sock): sock.recv(1)")
+        living = [await template.fork().run("wait")]
+        first = huge_pages(template.pid)
+        assert first > 40 << 20
+        await start(template, STARTS)
+        found = await arranged(template)
+        assert (found["collapse"], found["text"]) == ("used", "used"), found
+        private = sum(p for _, p in text_of(template.pid).values())
+        assert 0 < private << 10 == found["text_bytes"]
+        assert huge_pages(template.pid) == first
+        living.pop().close()
         template.close()
 
     arun(main)

@@ -121,8 +121,7 @@ arena_alloc(void *ctx, size_t size)
 
     (void)ctx;
     /* Pieces of the interpreter's stack come here as well, and are small. */
-    if (size % UNIT || !n || n > UNITS || !is_ours() ||
-        getpid() != own.pid)
+    if (size % UNIT || !n || n > UNITS || !is_ours() || getpid() != own.pid)
         return own.theirs.alloc(own.theirs.ctx, size);
     for (size_t i = own.n; i-- > 0;)
         if ((arena = slab_alloc(own.slabs[i], n)))

@@ -160,8 +160,7 @@ binding_memory_setup(PyObject *module, PyObject *args)
 int
 binding_memory_no_text(void)
 {
-    /* A trial allocates: one write splits a huge page for good. */
-    return m.no_text || m.collapsed.bytes;
+    return m.no_text;
 }
 
 /* What became of the arrangement of text, in a server process. */
@@ -174,10 +173,8 @@ text_word(const struct afork_server *s)
         return "not yet";
     if (s->image_error)
         return "refused";
-    if (s->image)
+    if (s->image_pages)
         return "used";
-    if (m.collapsed.bytes)
-        return "large";
     return s->trial_pid ? "trial" : s->tried ? "nothing to gain" : "not yet";
 }
 
@@ -234,8 +231,8 @@ binding_memory_stats(PyObject *module, PyObject *unused)
         "refused_bytes", (unsigned long long)m.collapsed.refused,
         "collapse_errno", m.collapsed.error, "frozen",
         m.frozen ? Py_True : Py_False, "immortal_objects", m.immortal,
-        "visited_objects", m.visited,
-        "immortal", refused ? refused : "used", "text", text_word(server),
-        "text_bytes", server ? (Py_ssize_t)server->image_pages * 4096 : 0,
-        "text_errno", server ? server->image_error : 0);
+        "visited_objects", m.visited, "immortal", refused ? refused : "used",
+        "text", text_word(server), "text_bytes",
+        server ? (Py_ssize_t)server->image_pages * 4096 : 0, "text_errno",
+        server ? server->image_error : 0);
 }

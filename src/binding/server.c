@@ -284,13 +284,11 @@ op_fork(void *self)
 
     PyEval_RestoreThread(p->thread);
     prepare_memory(p);
-    if (binding_memory_no_text())
-        p->server.trial_function = NULL;
     /* Between two forks of an idle template no Python runs. */
     if (p->dirty) {
         before_fork(p);
-        if (p->server.image)
-            afork_image_clear(p->server.image);
+        if (p->server.image_pages)
+            afork_image_clear(&p->server.image);
     }
     pid = fork_python(&p->server);
     if (pid == 0 && p->clear_atexit) {
@@ -411,7 +409,8 @@ binding_serve(PyObject *module, PyObject *args)
     afork_server_init_take(&p->server, fd, plain, &ops, p);
     p->handler = Py_NewRef(handler);
     p->dirty = 1;
-    p->server.trial_function = "afork._child.trial";
+    if (!binding_memory_no_text())
+        p->server.trial_function = "afork._child.trial";
     p->sock = take_attribute(handler, "blank");
     p->close = take_attribute(handler, "close");
     p->count_exit_handlers =

@@ -24,6 +24,57 @@ enum {
 #define SWAPPED ((uint64_t)1 << 62)
 #define OF_FILE ((uint64_t)1 << 61)
 
+/* The lines of maps, without stdio, which allocates. */
+struct lines {
+    int fd; /* owned */
+    size_t at, end;
+    char buf[2048];
+    char line[128]; /* as much as goes in: names are not looked at */
+};
+
+static int
+open_lines(struct lines *l)
+{
+    l->fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+    l->at = l->end = 0;
+    return l->fd < 0 ? -errno : 0;
+}
+
+static int
+next_byte(struct lines *l)
+{
+    if (l->at == l->end) {
+        ssize_t n = read(l->fd, l->buf, sizeof l->buf);
+
+        if (n <= 0)
+            return EOF;
+        l->at = 0;
+        l->end = (size_t)n;
+    }
+    return (unsigned char)l->buf[l->at++];
+}
+
+/* The next one in l->line; 0 behind the last. */
+static int
+next_line(struct lines *l)
+{
+    size_t n = 0;
+    int c;
+
+    while ((c = next_byte(l)) != EOF && c != '\n')
+        if (n < sizeof l->line - 1)
+            l->line[n++] = (char)c;
+    l->line[n] = 0;
+    return c != EOF;
+}
+
+static int
+is_used(const struct afork_image *image, const struct afork_region *r,
+        size_t at)
+{
+    return image->used[(r->first + at) / 8] >> (r->first + at) % 8 & 1;
+}
+
 /* Text of a file, from a line of maps. */
 static int
 parse(const char *line, struct afork_region *ret)
@@ -79,17 +130,14 @@ is_clean(int pagemap, const struct afork_region *r, size_t at, size_t end)
 }
 
 static void
-scan(struct afork_image *image, FILE *maps, int pagemap)
+scan(struct afork_image *image, struct lines *maps, int pagemap)
 {
-    char *line = NULL;
-    size_t size = 0;
-
-    while (getline(&line, &size, maps) > 0) {
+    while (next_line(maps)) {
         struct afork_region *r = &image->regions[image->n];
 
         if (image->n == AFORK_IMAGE_REGIONS)
             break;
-        if (!parse(line, r) || r->pages < AROUND ||
+        if (!parse(maps->line, r) || r->pages < AROUND ||
             r->pages > AFORK_IMAGE_PAGES - image->pages ||
             !is_clean(pagemap, r, 0, r->pages))
             continue;
@@ -97,7 +145,6 @@ scan(struct afork_image *image, FILE *maps, int pagemap)
         image->pages += r->pages;
         image->n++;
     }
-    free(line);
 }
 
 struct afork_image *
@@ -105,20 +152,22 @@ afork_image_new(int *ret_error)
 {
     struct afork_image *image = NULL;
     int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    FILE *maps = pagemap < 0 ? NULL : fopen("/proc/self/maps", "re");
+    struct lines maps = {.fd = AFORK_NOFD};
 
-    *ret_error = 0;
-    if (maps && sysconf(_SC_PAGESIZE) == PAGE)
+    *ret_error = pagemap < 0 ? -errno : open_lines(&maps);
+    if (*ret_error == 0 && sysconf(_SC_PAGESIZE) != PAGE)
+        *ret_error = -ENOSYS;
+    if (*ret_error == 0) {
         image = mmap(NULL, sizeof *image, PROT_READ | PROT_WRITE,
                      MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (!image || image == MAP_FAILED) {
-        *ret_error = image || !maps ? -errno : -ENOSYS;
-        image = NULL;
-    } else {
-        scan(image, maps, pagemap);
+        if (image == MAP_FAILED) {
+            *ret_error = -errno;
+            image = NULL;
+        } else {
+            scan(image, &maps, pagemap);
+        }
     }
-    if (maps)
-        fclose(maps);
+    afork_fd_close(&maps.fd);
     afork_fd_close(&pagemap);
     if (image && !image->n) {
         afork_image_free(image);
@@ -182,7 +231,8 @@ afork_image_note(struct afork_image *image)
                 break;
             for (size_t j = 0; j < n; j++)
                 if (map[j] & (PRESENT | SWAPPED))
-                    image->used[r->first + at + j] = 1;
+                    image->used[(r->first + at + j) / 8] |=
+                        (uint8_t)(1 << (r->first + at + j) % 8);
         }
     }
     afork_fd_close(&pagemap);
@@ -192,22 +242,22 @@ afork_image_note(struct afork_image *image)
 static int
 confirm(struct afork_image *image)
 {
-    FILE *maps = fopen("/proc/self/maps", "re");
     unsigned char found[AFORK_IMAGE_REGIONS] = {0};
     struct afork_region now;
-    char *line = NULL;
-    size_t size = 0, kept = 0;
+    struct lines maps;
+    size_t kept = 0;
+    int r = open_lines(&maps);
 
-    if (!maps)
-        return -errno;
-    while (getline(&line, &size, maps) > 0)
+    if (r < 0)
+        return r;
+    while (next_line(&maps))
         for (size_t i = 0; i < image->n; i++)
-            if (parse(line, &now) && now.start == image->regions[i].start &&
+            if (parse(maps.line, &now) &&
+                now.start == image->regions[i].start &&
                 now.pages == image->regions[i].pages &&
                 now.inode == image->regions[i].inode)
                 found[i] = 1;
-    free(line);
-    fclose(maps);
+    afork_fd_close(&maps.fd);
     for (size_t i = 0; i < image->n; i++)
         if (found[i])
             image->regions[kept++] = image->regions[i];
@@ -224,7 +274,7 @@ is_worth_it(const struct afork_image *image, const struct afork_region *r)
     for (size_t at = 0; at < r->pages; at++) {
         size_t around = (r->start / PAGE + at) / AROUND;
 
-        if (!image->used[r->first + at] || around == last)
+        if (!is_used(image, r, at) || around == last)
             continue;
         last = around;
         faults++;
@@ -260,7 +310,7 @@ afork_image_apply(struct afork_image *image)
         const struct afork_region *r = &image->regions[i];
 
         for (size_t at = 0; at < r->pages && result == 0; at++) {
-            if (!image->used[r->first + at])
+            if (!is_used(image, r, at))
                 continue;
             result = make_private(mem, page_of(r, at));
             pages++;
@@ -284,13 +334,14 @@ afork_image_clear(struct afork_image *image)
         return;
     for (size_t i = 0; i < image->n; i++) {
         const struct afork_region *r = &image->regions[i];
-        const uint8_t *used = image->used + r->first;
 
         for (size_t at = 0, end; at < r->pages; at = end) {
-            for (end = at; end < r->pages && !used[end] == !used[at];)
+            int used = is_used(image, r, at);
+
+            for (end = at; end < r->pages && is_used(image, r, end) == used;)
                 end++;
             /* Somebody else may have written there since. */
-            if (!used[at] && is_clean(pagemap, r, at, end))
+            if (!used && is_clean(pagemap, r, at, end))
                 drop(r, at, end - at);
         }
     }

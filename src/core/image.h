@@ -9,7 +9,8 @@
  * are unmapped.  They come back when they are touched.
  *
  * What is used is found out by a trial: in a copy of the template every page
- * is missing until it is touched, and so in a worker of that copy.
+ * is missing until it is touched, and so in a worker of that copy.  Nothing
+ * here allocates: one write to a huge page, which children share, splits it.
  */
 #ifndef AFORK_IMAGE_H
 #define AFORK_IMAGE_H
@@ -33,7 +34,7 @@ struct afork_image {
     struct afork_region regions[AFORK_IMAGE_REGIONS];
     size_t n;
     size_t pages;
-    uint8_t used[AFORK_IMAGE_PAGES];
+    uint8_t used[AFORK_IMAGE_PAGES / 8]; /* a bit for each page */
 };
 
 /* Looks at the text of this process and shares the result with the processes

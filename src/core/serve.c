@@ -64,8 +64,6 @@ afork_server_free(struct afork_server *s)
     afork_outq_free(&s->out);
     afork_args_free(&s->args);
     afork_children_free(&s->children);
-    free(s->image);
-    s->image = NULL;
     free(s->failure.payload);
     s->failure.payload = NULL;
 }

@@ -87,9 +87,8 @@ struct afork_server {
     const char *trial_function; /* run in the trial; NULL: there is none */
     int tried;                  /* or given up */
     pid_t trial_pid;
-    struct afork_image *trial; /* shared, while there is one */
-    struct afork_image *image; /* owned: arranged like that, or NULL */
-    size_t image_pages;
+    struct afork_image *trial;    /* shared, while there is one */
+    size_t image_pages;           /* arranged like image; 0: not at all */
     int image_error;              /* why it is not: an errno */
     struct afork_failure failure; /* once set, no command is executed */
     int started;                  /* the started report has been queued */
@@ -100,6 +99,7 @@ struct afork_server {
     struct afork_signals signals;
     struct afork_batch batch;
     struct afork_spares spares;
+    struct afork_image image;
 };
 
 /* How the loop was left. */

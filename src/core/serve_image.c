@@ -87,8 +87,7 @@ be_the_copy(struct afork_server *s, struct afork_image *image)
     pid_t pid;
 
     afork_args_free(&s->args);
-    if (!s->trial_function || /* the fork has made huge pages */
-        afork_fd_pair(pair) < 0 || send_run(pair[0], s->trial_function) < 0 ||
+    if (afork_fd_pair(pair) < 0 || send_run(pair[0], s->trial_function) < 0 ||
         afork_image_try(image) < 0)
         _exit(1);
     s->sock = pair[0]; /* the worker closes it like any template's */
@@ -155,9 +154,7 @@ afork_server_tried(struct afork_server *s, pid_t pid, int status)
         s->image_pages = (size_t)pages;
     /* Not the shared one: every worker would have its mapping. */
     if (pages > 0)
-        s->image = malloc(sizeof *s->image);
-    if (s->image)
-        memcpy(s->image, s->trial, sizeof *s->image);
+        s->image = *s->trial;
     afork_image_free(s->trial);
     s->trial = NULL;
 }
