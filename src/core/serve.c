@@ -57,6 +57,7 @@ afork_server_init_take(struct afork_server *s, int sock, int plain,
 void
 afork_server_free(struct afork_server *s)
 {
+    afork_signals_forget(&s->signals);
     afork_fd_close(&s->sock);
     afork_fd_close(&s->pidfd);
     afork_spares_forget(&s->spares);
@@ -345,10 +346,8 @@ wait_event(struct afork_server *s, short events, int timeout)
     if (afork_outq_len(&s->out) && !s->out.crowded)
         fds[0].events |= POLLOUT;
     n = ppoll(fds, all, timeout < 0 ? NULL : &time, &s->signals.wait_mask);
-    if (n < 0 && errno == EINTR) {
-        s->signals.chld_seen = 1;
+    if (n < 0 && errno == EINTR)
         s->ops->interrupted(s->self);
-    }
     if (n >= 0 && all > 1)
         afork_spares_answers(s);
     /* A descriptor may be about to come. */

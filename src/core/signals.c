@@ -10,11 +10,15 @@
 static const int managed[AFORK_MANAGED] = {SIGINT, SIGQUIT, SIGTERM,
                                            SIGHUP, SIGTSTP, SIGCHLD};
 
+/* Of the server that waits, or NULL. */
+static volatile sig_atomic_t *chld_seen;
+
 /* Not SIG_IGN: that would survive exec into every program started here. */
 static void
 swallow(int sig)
 {
-    (void)sig;
+    if (sig == SIGCHLD && chld_seen)
+        *chld_seen = 1;
 }
 
 static void
@@ -46,10 +50,18 @@ afork_signals_enter(struct afork_signals *s)
 {
     memset(s, 0, sizeof *s);
     s->chld_seen = 1;
+    chld_seen = &s->chld_seen;
     install(s);
     chld_mask(SIG_BLOCK);
     sigprocmask(SIG_BLOCK, NULL, &s->wait_mask);
     sigdelset(&s->wait_mask, SIGCHLD);
+}
+
+void
+afork_signals_forget(const struct afork_signals *s)
+{
+    if (chld_seen == &s->chld_seen)
+        chld_seen = NULL;
 }
 
 void

@@ -14,14 +14,15 @@
 enum { AFORK_MANAGED = 6 };
 
 struct afork_signals {
+    volatile sig_atomic_t chld_seen;        /* here: see afork_server */
     struct sigaction theirs[AFORK_MANAGED]; /* what a worker is given back */
     sigset_t wait_mask;                     /* CHLD open, for ppoll */
-    int chld_seen; /* set by whoever the signal may have interrupted: a handler
-                      would write to another page than the rest */
 };
 
-/* Installs no-op handlers, blocks CHLD, remembers what was there. */
+/* Installs no-op handlers, blocks CHLD, remembers what was there.  They write to
+ * s until it is forgotten. */
 void afork_signals_enter(struct afork_signals *s);
+void afork_signals_forget(const struct afork_signals *s);
 /* Around evaluated code: CHLD open, afterwards our handlers back in place.
  * Handlers that the code installed are remembered for afork_signals_leave. */
 void afork_signals_open(struct afork_signals *s);
