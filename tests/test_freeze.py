@@ -203,13 +203,13 @@ def test_what_is_inherited_is_not_visited_again(arun):
             assert new["visited_objects"] < 3000
             assert new["immortal_objects"] > all_of_it["immortal_objects"]
         else:
-            assert new["visited_objects"] == 0
+            assert all_of_it["visited_objects"] == new["visited_objects"] == 0
         # Asked for, it looks at everything: what was put into an older list, too.
         whole = root.fork().eval("data.append('late' * 9)").freeze()
         refcount = "__import__('sys').getrefcount(data[-1]) > 1 << 30"
         assert await ask(whole.fork(), refcount) is IMMORTAL
         found = await stats(whole.fork())
-        assert found["visited_objects"] >= all_of_it["visited_objects"] - 1000
+        assert (found["visited_objects"] > 13_000) is IMMORTAL
         root.close()
         f.close()
 

@@ -45,6 +45,9 @@ struct py_server {
     struct afork_server server; /* last: its end is seldom written */
 };
 
+_Static_assert(offsetof(struct py_server, server.spares.list) <= PAGE,
+               "what is written at each fork is in one page");
+
 /* The innermost server of this process; one thread serves. */
 static struct py_server *current;
 

@@ -62,8 +62,8 @@ struct afork_batch {
 
 /* Of queues and lists as much as is mostly needed. */
 struct afork_near {
-    struct afork_outq_fd fds[16];
-    struct afork_child children[32];
+    struct afork_outq_fd fds[8];
+    struct afork_child children[24];
     uint8_t in[512], out[512];
 };
 
@@ -95,10 +95,10 @@ struct afork_server {
     int mute;                     /* the application reads no more */
     const struct afork_ops *ops;
     void *self;
-    struct afork_near near;
     struct afork_signals signals;
+    struct afork_near near;
+    struct afork_spares spares; /* up to its list */
     struct afork_batch batch;
-    struct afork_spares spares;
     struct afork_image image;
 };
 

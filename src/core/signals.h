@@ -14,7 +14,7 @@
 enum { AFORK_MANAGED = 6 };
 
 struct afork_signals {
-    volatile sig_atomic_t chld_seen;        /* here: see afork_server */
+    volatile sig_atomic_t chld_seen;        /* since it was asked for */
     struct sigaction theirs[AFORK_MANAGED]; /* what a worker is given back */
     sigset_t wait_mask;                     /* CHLD open, for ppoll */
 };
