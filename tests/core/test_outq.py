@@ -81,7 +81,7 @@ class Queue:
         return got
 
 
-@pytest.fixture(params=[0, 20], ids=["own", "lent"])
+@pytest.fixture(params=[0, 16], ids=["own", "lent"])
 def queue(ffi, lib, request):
     with Queue(ffi, lib, request.param) as q:
         yield q
@@ -227,7 +227,7 @@ def test_big_frame_in_pieces(queue, files):
     data += rest
     assert bytes(data) == frame(b"h", payload) + b"\0" + frame(b"e", b"behind")
     assert fds[0][1] == os.fstat(files[0]).st_ino
-    assert queue.q.cap <= 20  # a big buffer is given back, to what was lent
+    assert queue.q.cap <= 16  # a big buffer is given back, to what was lent
 
 
 def test_in_flight_limit_is_a_full_socket(queue, lib, files):
