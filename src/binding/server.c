@@ -7,7 +7,6 @@
  */
 #include "binding.h"
 
-#include <alloca.h>
 #include <errno.h>
 #include <sched.h>
 #include <signal.h>
@@ -401,14 +400,9 @@ binding_serve(PyObject *module, PyObject *args)
 {
     struct py_server *p;
     PyObject *handler, *failure = Py_None, *result = NULL;
-    /* The loop's frames begin at the end of a page.  By chance they would lie
-     * across two, which each process writes after each fork. */
-    volatile char *pad =
-        alloca((uintptr_t)__builtin_frame_address(0) % PAGE + 1);
     int fd, plain, r;
 
     (void)module;
-    *pad = 0; /* else it is optimised away */
     if (!PyArg_ParseTuple(args, "ipO|O:serve", &fd, &plain, &handler,
                           &failure))
         return NULL;
