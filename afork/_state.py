@@ -97,6 +97,8 @@ class State:
     _expecting = False
     _losing = False
     _watching_exit = False
+    #: Whether signals wait for a descriptor to reach it by.
+    _signals_late = False
     _waiters: list[asyncio.Future[None]] | None = None
     _exit_callbacks: Sequence[Callable[[], None]] = ()
 
