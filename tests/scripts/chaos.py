@@ -113,13 +113,12 @@ class Party:
         os.close(pidfd)
         if fd < 0:
             return
-        with (
-            socket.socket(fileno=fd) as sock,
-            contextlib.suppress(OSError),
-        ):
-            to = os.readlink(f"/proc/self/fd/{fd}")
-            if to not in self.spared:  # the number may be another's by now
-                sock.shutdown(self.rng.choice([0, 1, 2]))
+        to = os.readlink(f"/proc/self/fd/{fd}")
+        if not to.startswith("socket:") or to in self.spared:
+            os.close(fd)  # the number is another's by now
+            return
+        with socket.socket(fileno=fd) as sock, contextlib.suppress(OSError):
+            sock.shutdown(self.rng.choice([0, 1, 2]))
 
     def step(self) -> None:
         kind = self.rng.choices(

@@ -316,15 +316,17 @@ class App:
             async with self.pool().stream(jobs.count, 50) as stream:
                 return [x async for x in stream]
 
-        if await self.ends("pool stream", read()) != [*range(50)]:
-            self.fault("stream: wrong answer")
+        items = await self.ends("pool stream", read())
+        if items != [*range(50)]:
+            self.fault(f"stream: {items}")
 
     async def do_pool_map(self) -> None:
         async def read() -> list[int]:
             return [x async for x in self.pool().map(jobs.add, range(20))]
 
-        if await self.ends("pool map", read()) != [*range(20)]:
-            self.fault("map: wrong answer")
+        items = await self.ends("pool map", read())
+        if items != [*range(20)]:
+            self.fault(f"map: {items}")
 
     async def do_pool_close(self) -> None:
         if self.pools and self.rng.random() < 0.2:
