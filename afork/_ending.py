@@ -20,6 +20,9 @@ from ._state import State
 #: Seconds that a report about a process may come later than its end.
 GRACE = 1.0
 
+#: Seconds until a descriptor is tried again that could not be had.
+_AGAIN = 0.05
+
 
 class Mortal(State):
     """The part of a process that is concerned with its end."""
@@ -146,7 +149,11 @@ class Mortal(State):
     # -- signals
 
     def send_signal(self, number: int) -> None:
-        """Now, or as soon as the process has reported its start."""
+        """Now, or as soon as the process has reported its start.
+
+        Later, if the descriptor that it is reached by was lost when there was
+        none left, and there is still none; without a loop that is an OSError.
+        """
         if not 0 <= number < signal.NSIG:  # before it is queued
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         with hub().lock:
@@ -155,21 +162,23 @@ class Mortal(State):
                 raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
             if number == signal.SIGKILL:
                 self.was_logged = True  # its end is no news
+            late = False
             if self.pidfd < 0:
                 try:
                     self._open_pidfd()
-                except OSError:
-                    # No descriptor is left, which may be why it is killed. As
-                    # its start, it is waited for as long as a loop runs.
-                    if not hub().attached():
+                except ProcessLookupError:
+                    raise
+                except OSError:  # no descriptor is left to reach it by
+                    late = hub().attach_any()
+                    if not late:
                         raise
-                    self.signals = (*self.signals, number)
-                    hub().later(GRACE, self._deliver_queued)
-                    return
             # Until it has become what it was asked to, it swallows signals.
             becoming = self.claimed and not (self.running or self.executed)
-            if self.pid is None or (becoming and number != signal.SIGKILL):
+            if late or self.pid is None or (becoming and number != signal.SIGKILL):
                 self.signals = (*self.signals, number)
+                if late and not self._signals_late:
+                    self._signals_late = True
+                    hub().later(_AGAIN, self._deliver_late)
             elif self.pidfd >= 0:
                 self.deliver(number)
             else:
@@ -180,8 +189,12 @@ class Mortal(State):
         for number in signals:
             try:
                 self.send_signal(number)
-            except ProcessLookupError:
+            except OSError:
                 pass  # it has just ended; its status tells
+
+    def _deliver_late(self) -> None:
+        self._signals_late = False
+        self._deliver_queued()
 
     def deliver(self, number: int) -> None:
         try:

@@ -76,13 +76,6 @@ class Hub(_afork.Poller):
         poll.poll(max(seconds, 0) * 1000)
         self.drain()
 
-    def attached(self) -> bool:
-        """Whether a loop that drains this hub runs in this thread."""
-        try:
-            return asyncio.get_running_loop() in self._loops
-        except RuntimeError:
-            return False
-
     def later(self, seconds: float, callback: Callable[[], None]) -> None:
         """Call back after a while; at once if no loop runs in this thread."""
         try:

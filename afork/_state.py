@@ -100,6 +100,8 @@ class State:
     _losing = False
     _watching_exit = False
     _retrying = False
+    #: Whether signals wait for a descriptor to reach it by.
+    _signals_late = False
     _waiters: list[asyncio.Future[None]] | None = None
     _exit_callbacks: Sequence[Callable[[], None]] = ()
 

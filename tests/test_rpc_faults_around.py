@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import socket
+
+import pytest
 
 import afork
 
@@ -89,6 +93,27 @@ asyncio.run(main())
         env=ENV,
     )
     assert done.stdout == "OSError EMFILE\n"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_stream_that_is_cut_off_says_so(arun, asynchronous):
+    """Somebody ends one direction of the socket; what comes can still be read."""
+
+    async def main():
+        name = "async_count_up" if asynchronous else "count_up"
+        f = rpc(name, asynchronous=asynchronous)
+        stream = f.stream(1000)
+        assert await anext(stream) == 0
+        fd = os.dup(f._connection.link.fileno())
+        with socket.socket(fileno=fd) as sock:
+            sock.shutdown(socket.SHUT_WR)
+        with pytest.raises((ConnectionResetError, afork.WorkerLost)):
+            async for _ in stream:
+                pass
+        with contextlib.suppress(afork.WorkerLost):
+            await f.close()
+
+    arun(main)
 
 
 # -- events, logs and output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import signal
 import socket
 import struct
@@ -141,6 +142,52 @@ def test_an_error_of_a_quiet_template_is_logged(arun, caplog):
         await until(lambda: "ZeroDivisionError" in caplog.text)
 
     arun(main)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_signal_waits_for_a_descriptor(arun, number):
+    """Its pidfd was lost when none was left, and cannot be made anew either."""
+
+    async def main():
+        template = afork.Fork.new().eval("import signal")
+        await template.ready()
+        f = template.fork().eval("def wait(sock): signal.pause()")
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            sock = await f.run("wait")
+            assert f._process.pidfd < 0
+            f.send_signal(number)
+            f.send_signal(number)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert await f.wait() == -number
+        sock.close()
+
+    arun(main)
+
+
+def test_a_signal_without_a_descriptor_or_a_loop():
+    """There is nobody to try it again."""
+
+    async def begin():
+        f = afork.Fork.new().eval("import signal")
+        await f.ready()
+        f = f.fork().eval("def wait(sock): signal.pause()")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        return f, await f.run("wait")
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with asyncio.Runner() as runner:
+        try:
+            f, sock = runner.run(begin())
+            with pytest.raises(OSError, match="Too many open files"):
+                f.kill()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        f.kill()
+        assert runner.run(asyncio.wait_for(f.wait(), 10)) == -signal.SIGKILL
+        sock.close()
 
 
 def test_reports_are_handled_in_their_order(arun):

@@ -45,6 +45,12 @@ class _Credit:
     def __init__(self) -> None:
         self.left = WINDOW
         self.more = asyncio.Event()
+        self.ended = False
+
+    def end(self) -> None:
+        """No more will come: what waits for it would wait for ever."""
+        self.ended = True
+        self.more.set()
 
     def add(self, n: int) -> None:
         self.left += n
@@ -52,6 +58,9 @@ class _Credit:
 
     async def take(self) -> None:
         while self.left <= 0:
+            if self.ended:
+                text = "the end of the socket came within a stream"
+                raise ConnectionResetError(text)
             self.more.clear()
             await self.more.wait()
         self.left -= 1
@@ -118,6 +127,8 @@ class AsyncServer(_serve.Server):
             self.loop.call_soon(self.readable)
         elif self.link.eof:
             self.read(False)
+            for credit in self.credits.values():
+                credit.end()
             self.end_if_idle()
 
     def cancel(self, id: int) -> None:
@@ -234,6 +245,8 @@ class AsyncServer(_serve.Server):
         self, kind: int, id: int, payload: bytes, fds: tuple[int, ...]
     ) -> None:
         credit = self.credits[id] = _Credit()
+        if self.link.eof:
+            credit.end()
         try:
             source = await self.invoke(kind, id, payload, fds)
             items = _async_iterator(source)

@@ -176,6 +176,9 @@ class SyncServer(_serve.Server):
         close = getattr(items, "close", None)
         if close is not None:
             close()
+        if self.credit <= 0 and not self.cancelled:
+            # Half closed: what is read still must not look like all there is.
+            raise ConnectionResetError("the end of the socket came within a stream")
 
     # -- what afork.rpc offers
 
