@@ -17,6 +17,10 @@ from __future__ import annotations
 
 import signal
 
+TYPE_CHECKING = False  # see afork/__init__.py
+if TYPE_CHECKING:
+    from .rpc._call import Captured
+
 
 class AforkError(Exception):
     """Base of all errors that afork defines."""
@@ -80,8 +84,12 @@ class WorkerLost(_ProcessError):
     """The process ended before it could do what was asked of it.
 
     ``stderr`` is the last of what it has written to standard error, if that
-    was captured; it is part of ``str()``.
+    was captured; it is part of ``str()``. ``captured`` is what the call has
+    written, if it was made with ``capture=True`` and had begun; ends of it are
+    in notes.
     """
+
+    captured: Captured | None = None
 
     def __init__(
         self,

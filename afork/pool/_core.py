@@ -27,6 +27,10 @@ logger = logging.getLogger("afork")
 #: Seconds in which a process that has nothing to do any more has to end.
 _GRACE = 1.0
 
+#: Seconds without a byte taken after which a descriptor that gets the output of
+#: processes is not waited for at the end.
+_PATIENCE = 1.0
+
 #: Seconds without an attempt after a process could not be started; doubled
 #: with each further failure, up to the second number.
 _PAUSE, _PAUSE_MAX = 1.0, 32.0
@@ -107,6 +111,9 @@ class Core:
         self.leaving: set[Worker] = set()
         #: Those of the workers that can get a call.
         self._rooms = Rooms(settings.load)
+        #: The last pipe of either stream. Those before it lead to the same
+        #: descriptor, whose bytes are written in order.
+        self._outputs: dict[str, OutputPipe] = {}
         #: Calls that no process has: (-priority, id, call).
         self._heap: list[tuple[int, int, PoolCall]] = []
         self.waiting = 0
@@ -339,10 +346,12 @@ class Core:
             if s.stdout is not None:
                 worker.stdout = OutputPipe(self.loop, s.stdout)
                 handles["stdout"] = worker.stdout.write_fd
+                self._outputs["stdout"] = worker.stdout
             if s.stderr is not None:
                 sink = 2 if isinstance(s.stderr, str) else s.stderr
                 worker.stderr = OutputPipe(self.loop, sink)
                 handles["stderr"] = worker.stderr.write_fd
+                self._outputs["stderr"] = worker.stderr
             if s.logging:
                 worker.logs = LogRelay(self.loop, extra={})
                 handles["logs"] = worker.logs.write_fd
@@ -486,6 +495,9 @@ class Core:
         if not self._destroyed:
             self._destroy()
         await self.template.end()
+        # The loop may end after this, and what is still to be written with it.
+        outputs = self._outputs.values()
+        await asyncio.gather(*(pipe.wait_closed(_PATIENCE) for pipe in outputs))
 
     def _forgo_starts(self) -> None:
         """Do not wait for a template that is busy, hung or stopped."""

@@ -87,7 +87,8 @@ class Calls:
             on_event: Called with the events of these calls instead of the
                 pool's.
             capture: Whether the result is an ``afork.Captured``: value,
-                stdout and stderr. Not in asynchronous pools.
+                stdout and stderr. An exception, WorkerLost included, has it
+                as ``captured``. Not in asynchronous pools.
         """
         from dataclasses import replace
 
@@ -444,7 +445,8 @@ class Pool(Calls):
                 Cancelling this has the same effect at once.
 
         A stream of which nothing is read for a second, so that its generator
-        waits, is ended.
+        waits, is ended. Output of processes has been written to its descriptor
+        afterwards, unless that took nothing for a second.
         """
         core = self._start() if self._core is not None else None
         self._closed = True

@@ -7,7 +7,7 @@ import os
 import select
 from typing import TYPE_CHECKING, Any
 
-from afork.rpc._call import Call
+from afork.rpc._call import Call, attach_output
 from afork.rpc._codecs import Codec
 from afork.rpc._connection import Connection
 from afork.rpc._kinds import CANCEL
@@ -121,6 +121,10 @@ class Worker(Connection):
                 call.overdue = error
             else:
                 call.failed = True
+                if self.store is not None:
+                    self.store.find_output(self.calls)
+                if call.output is not None:
+                    attach_output(error, call.output)
                 call.set_exception(error)
         self._condemn(call)
 

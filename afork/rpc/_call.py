@@ -35,6 +35,19 @@ class Captured(NamedTuple):
     truncated: bool = False
 
 
+def attach_output(error: BaseException, output: tuple[bytes, bytes, bool]) -> None:
+    """Let a failed call keep what it has written."""
+    captured = Captured(None, *output)
+    try:
+        error.captured = captured  # type: ignore[attr-defined]
+    except AttributeError:
+        pass  # one with __slots__
+    for name, data in ("stdout", captured.stdout), ("stderr", captured.stderr):
+        if data:
+            text = data[-4096:].decode("utf-8", "replace").rstrip("\n")
+            error.add_note(f"{name} of the call:\n{text}")
+
+
 class Descriptors:
     """Descriptors of a call that has not been sent; owned."""
 

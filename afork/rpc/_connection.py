@@ -15,9 +15,10 @@ from afork import _afork, _hub
 from afork._errors import ClosedError, ProtocolError, RemoteError, WorkerLost
 from afork._hub import hub
 
-from ._call import Call, Captured, Event
+from ._call import Call, Captured, Event, attach_output
 from ._codecs import Codec, close_all, find_codec
 from ._exceptions import decode_exception
+from ._fdstore import FdStore
 from ._kinds import (
     CANCEL,
     CREDIT,
@@ -81,6 +82,8 @@ class Connection:
         self.stderr: OutputPipe | None = None
         self.stdout: OutputPipe | None = None
         self.logs: LogRelay | None = None
+        #: Made with the first captured call.
+        self.store: FdStore | None = None
         _connections.add(self)
         #: Done once the process has ended and everybody was told.
         self.ended: asyncio.Future[None] = loop.create_future()
@@ -190,6 +193,8 @@ class Connection:
     def _queue(self, link: _afork.Link, call: Call) -> None:
         try:
             if call.options:
+                if b"capture" in call.options[::2] and self.store is None:
+                    self.store = FdStore.give(link)
                 options = _afork.pack_strings(call.options)
                 link.send(OPTIONS, call.id, options)
             fds = call.fds.fds if call.fds else ()
@@ -380,7 +385,7 @@ class Connection:
         if not call.done():
             if error is not None:
                 if call.output is not None:
-                    _attach_output(error, *call.output[:2])
+                    attach_output(error, call.output)
                 call.set_exception(error)
             elif call.output is not None:
                 call.set_result(Captured(value, *call.output))
@@ -468,6 +473,10 @@ class Connection:
 
     def _tell(self, error: BaseException | None) -> None:
         """It has ended; why, if that is known."""
+        if self.store is not None:
+            self.store.find_output(self.calls)
+            self.store.close()
+            self.store = None
         if error is None and (self.calls or not self.finishing):
             error = self.lost_error()
         for relay in (self.stdout, self.stderr, self.logs):
@@ -519,6 +528,9 @@ def _forget(callbacks: object) -> None:
         for relay in (connection.stdout, connection.stderr, connection.logs):
             if relay is not None:
                 relay.abandon()
+        if connection.store is not None:
+            connection.store.close()
+            connection.store = None
     _connections.clear()
 
 
@@ -560,15 +572,3 @@ def copy_error(error: BaseException) -> BaseException:
     if hasattr(error, "__notes__"):
         new.__notes__ = list(error.__notes__)
     return new
-
-
-def _attach_output(error: BaseException, stdout: bytes, stderr: bytes) -> None:
-    """Let a failed call keep what it has written."""
-    try:
-        error.stdout, error.stderr = stdout, stderr  # type: ignore[attr-defined]
-    except AttributeError:
-        pass  # one with __slots__
-    for name, data in zip(("stdout", "stderr"), (stdout, stderr), strict=True):
-        if data:
-            text = data[-4096:].decode("utf-8", "replace").rstrip("\n")
-            error.add_note(f"{name} of the call:\n{text}")

@@ -6,6 +6,7 @@ STREAM = 2  # the same; the answers are items
 OPTIONS = 3  # a string list, for the call of this id that follows
 CANCEL = 4
 CREDIT = 5  # uint32: so many items more
+FDSTORE = 6  # id 0: two sockets, in which files of a captured call are kept
 #: Added to CALL or STREAM: the payload is (arguments, keyword arguments).
 KEYWORDS = 64
 

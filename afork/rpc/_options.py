@@ -97,6 +97,8 @@ class Applied:
                 capture = Capture()
                 capture.__enter__()
                 self.capture = capture
+                if self.server.store is not None:
+                    self.server.store.put(self.id, capture.files)
             if "timeout" in self.options:
                 alarm = Alarm(float(self.options["timeout"]))
                 alarm.__enter__()

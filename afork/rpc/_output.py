@@ -124,14 +124,18 @@ class OutputPipe:
             self._drain()
             self._end()
 
-    async def wait_closed(self) -> None:
+    async def wait_closed(self, patience: float | None = None) -> None:
         """Wait until a descriptor that is the sink has got every byte.
 
-        Does not return while nobody reads what the descriptor leads to, so
-        put a limit on it. Cancelling it gives nothing up.
+        Cancelling it gives nothing up.
+
+        Args:
+            patience: Seconds without a byte taken after which it is waited
+                for no longer; None for as long as nobody reads what the
+                descriptor leads to.
         """
         if self._file is not None:
-            await self._file.written()
+            await self._file.written(patience)
 
     def __del__(self) -> None:
         self._release()
@@ -331,12 +335,18 @@ class _File:
         self.users -= 1
         self._settle()
 
-    async def written(self) -> None:
-        """Wait until everything that is waiting now has been written."""
+    async def written(self, patience: float | None) -> None:
+        """Wait until everything that is waiting now has been written.
+
+        Or until nothing is any more; see `OutputPipe.wait_closed`.
+        """
         if self.size and self._fd >= 0:
             future: asyncio.Future[None] = self.loop.create_future()
             self._waiting.append((self._count_taken, future))
-            await future
+            before = -1
+            while not future.done() and before != self._count_written:
+                before = self._count_written
+                await asyncio.wait([future], timeout=patience)
 
     def _flush(self) -> None:
         # A file on disk cannot be watched, so all is written at once.

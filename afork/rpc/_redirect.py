@@ -90,26 +90,39 @@ class Capture:
         truncated: Whether one of them was longer.
     """
 
-    __slots__ = ("_files", "_saved", "_streams", "stderr", "stdout", "truncated")
+    __slots__ = (
+        "_buffered",
+        "_saved",
+        "_streams",
+        "files",
+        "stderr",
+        "stdout",
+        "truncated",
+    )
 
     def __init__(self) -> None:
         self.stdout = b""
         self.stderr = b""
         self.truncated = False
         #: Memory files for 1 and 2; empty outside of the context.
-        self._files: list[int] = []
+        self.files: list[int] = []
         #: Copies of 1 and 2 as they were; -1 for one that was closed.
         self._saved: list[int] = []
         self._streams: tuple[Any, ...] = ()
+        #: Those of them that did not write each line at once.
+        self._buffered: list[Any] = []
 
     def __enter__(self) -> Self:
         """Redirect both, or neither.
+
+        ``sys.stdout`` and ``sys.stderr`` write each line at once meanwhile: a
+        crash would lose what is in their buffers.
 
         Raises:
             OSError: no descriptor is left; everything is as it was.
             RuntimeError: the object is in use.
         """
-        if self._files:
+        if self.files:
             raise RuntimeError("this Capture is in use")
         flush()
         self.stdout = self.stderr = b""
@@ -120,10 +133,15 @@ class Capture:
             # their own for each call: a program that was left behind by the
             # last one still has its.
             for number, name in _NAMES.items():
-                self._files.append(_memory_file(name))
+                self.files.append(_memory_file(name))
                 self._saved.append(_copy(number))
-            for number, file in enumerate(self._files, 1):
+            for number, file in enumerate(self.files, 1):
                 os.dup2(file, number)
+            stream: Any
+            for stream in self._streams:
+                if getattr(stream, "line_buffering", True) is False:
+                    self._buffered.append(stream)
+                    stream.reconfigure(line_buffering=True)
         except BaseException:
             self._restore()
             raise
@@ -137,26 +155,18 @@ class Capture:
     ) -> None:
         try:
             # The function may have closed 1 or 2, with text in the buffers.
-            for number, file in enumerate(self._files, 1):
+            for number, file in enumerate(self.files, 1):
                 os.dup2(file, number)
             for stream in (*self._streams, sys.stdout, sys.stderr):
                 _flush_one(stream)
             _afork.flush_stdout()
-            self.stdout = self._contents(self._files[0])
-            self.stderr = self._contents(self._files[1])
+            self.stdout, out_cut = contents(self.files[0])
+            self.stderr, err_cut = contents(self.files[1])
+            self.truncated = out_cut or err_cut
         finally:
             self._restore()
             _repair(1)
             _repair(2)
-
-    def _contents(self, file: int) -> bytes:
-        size = os.fstat(file).st_size
-        count = min(size, CAPTURE_MAX)
-        if size > count:
-            self.truncated = True
-        # Not at its offset, which is shared with whoever still writes. And no
-        # more than there is: a big buffer's huge pages cost milliseconds.
-        return os.pread(file, count, size - count)
 
     def _restore(self) -> None:
         """Undo what has been done so far; needs no descriptor."""
@@ -166,11 +176,30 @@ class Capture:
                 os.close(saved)
             elif len(self._saved) == len(_NAMES):
                 _close(number)
-        for file in self._files:
+        for file in self.files:
             _close(file)
+        for stream in self._buffered:
+            try:
+                stream.reconfigure(line_buffering=False)
+            except Exception:
+                pass  # closed meanwhile
+        self._buffered = []
         self._saved = []
-        self._files = []
+        self.files = []
         self._streams = ()
+
+
+def contents(file: int) -> tuple[bytes, bool]:
+    """What a memory file has in it, of more than 16 MiB the end; whether it is cut.
+
+    Raises:
+        OSError: EBADF, or it cannot be read.
+    """
+    size = os.fstat(file).st_size
+    count = min(size, CAPTURE_MAX)
+    # Not at its offset, which is shared with whoever still writes. And no more
+    # than there is: a big buffer's huge pages cost milliseconds.
+    return os.pread(file, count, size - count), size > count
 
 
 def _flush_one(stream: Any) -> None:

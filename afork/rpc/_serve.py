@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeAlias
 
+    from ._fdstore import Keeper
     from ._redirect import Capture
 
     #: kind, id, payload, descriptors
@@ -66,6 +67,8 @@ class Server:
         self.pid = os.getpid()
         #: Options of calls that have not arrived yet, by id.
         self.options: dict[int, dict[str, bytes]] = {}
+        #: Keeps the files of a captured call, should this process die in it.
+        self.store: Keeper | None = None
 
     def _redirect(self, config: Config) -> None:
         """Put the handles at the end of the arguments where they belong."""

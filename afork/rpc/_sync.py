@@ -15,6 +15,7 @@ from ._kinds import (
     CALL,
     CANCEL,
     CREDIT,
+    FDSTORE,
     ITEM,
     KEYWORDS,
     OPTIONS,
@@ -87,10 +88,19 @@ class SyncServer(_serve.Server):
                 self.stream(kind, id, payload, fds)
             elif kind == OPTIONS:
                 self.take_options(id, payload)
+            elif kind == FDSTORE:
+                self.take_store(fds)
             # What is left are credits of streams that have ended.
             self.current = 0
             flush(True)
             self.large = None
+            if self.store is not None and self.store.full:
+                self.store.clear()
+
+    def take_store(self, fds: tuple[int, ...]) -> None:
+        from ._fdstore import Keeper
+
+        self.store = Keeper(fds)
 
     def take(self, wait: bool) -> None:
         """Take in the frames that have arrived."""

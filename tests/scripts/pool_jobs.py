@@ -7,6 +7,10 @@ import contextvars
 import ctypes
 import os
 import signal
+import socket
+import stat
+import struct
+import subprocess
 import sys
 import threading
 
@@ -455,3 +459,117 @@ def noted(path, number, kind, gate=None):
     elif kind == "stream":
         return iter([number, 1, 2])
     return number
+
+
+# -- output
+
+
+def write_and_crash(how, size=0):
+    """Write in all ways there are, then die."""
+    os.write(1, b"x" * size + b"\n" * bool(size))
+    print("python")
+    os.write(1, b"write\n")
+    subprocess.run("echo program; echo error >&2", shell=True)
+    os.write(2, b"unfinished")
+    if how == "exec":
+        os.execv("/bin/true", ["true"])
+    crash(how)
+
+
+def write_and_return(how):
+    write(how)
+    return CrashOnDump(how)
+
+
+def write_and_crash_at_first(path):
+    note(path, "x")
+    with open(path) as file:
+        n = len(file.read().split())
+    print("attempt", n)
+    if n == 1:
+        crash("SIGKILL")
+    return n
+
+
+def write_and_block(gate):
+    print("so far")
+    hold_blocking(gate)
+
+
+def write_items_and_crash(n):
+    for i in range(n):
+        print(i)
+        yield i
+    crash("SIGSEGV")
+
+
+def write_and_check():
+    print("function")
+    subprocess.run("echo program; exit 3", shell=True, check=True, stdout=-1)
+
+
+def leave_program(gate):
+    """A program that writes once more when it is let go, and ends."""
+    print("first", flush=True)
+    state.append(subprocess.Popen(["sh", "-c", 'read x <"$0"; echo late', gate]))
+
+
+def free_program_and_crash(gate):
+    fd = os.open(gate, os.O_WRONLY)
+    os.write(fd, b"\n")
+    os.close(fd)
+    state[-1].wait()
+    print("second")
+    crash("SIGKILL")
+
+
+def fork_return_and_crash():
+    child = os.fork()
+    if not child:
+        print("child")
+        return
+    os.waitpid(child, 0)
+    print("parent")
+    crash("SIGKILL")
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def _sockets():
+    """All but the one of the server."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            mode = os.fstat(int(name)).st_mode
+            others = 0, 1, 2, socket_of_server()
+            if stat.S_ISSOCK(mode) and int(name) not in others:
+                yield int(name)
+        except OSError:  # the one that listed them
+            pass
+
+
+def close_sockets():
+    for fd in list(_sockets()):
+        os.close(fd)
+
+
+def keep_other_things(what, path):
+    """Put something else in the place of the files of this call."""
+    store = afork.rpc._server.store
+    store.clear()
+    name = struct.pack("=Q", afork.rpc.call_id())
+    if what == "pipe":
+        fds = os.pipe()
+    elif what == "file":
+        fds = [os.open(path, os.O_CREAT | os.O_RDWR)] * 2
+    elif what == "nothing":
+        fds = []
+    elif what == "one":
+        fds = [os.memfd_create("x")]
+    elif what == "text":
+        name, fds = b"?", [os.memfd_create("x")] * 2
+    else:
+        fds = [os.memfd_create("x")] * 100
+    socket.send_fds(store.sender, [name], fds)
+    crash("SIGKILL")
