@@ -37,6 +37,8 @@ async def main():
     r, w = os.pipe()
     before = open_descriptors()
     async with afork.Pool(max=2, stdout=w, logging=True) as pool:
+        captured = await pool.with_options(capture=True).call(abs, -6)
+        assert captured == (6, b"", b"", False)
         assert await pool.call(abs, -7) == 7
         assert open_descriptors() > before
         pid = os.fork()

@@ -246,6 +246,37 @@ return c.stdout, c.stderr
     assert out == "after\n"
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_each_line_is_written_at_once(work, before):
+    """A crash would lose it; afterwards the stream is as it was."""
+    answer, _ = work(
+        f"""
+sys.stdout.reconfigure(line_buffering={before})
+with Capture() as c:
+    print("line")
+    at_once = os.pread(c.files[0], 100, 0)
+return at_once, sys.stdout.line_buffering
+"""
+    )
+    assert answer == (b"line\n", before)
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["sys.stdout.close()", "sys.stdout = type('Own', (), {'line_buffering': False})()"],
+)
+def test_streams_that_cannot_do_that(work, before):
+    answer, _ = work(
+        f"""
+{before}
+with Capture() as c:
+    os.write(1, b"captured")
+return c.stdout
+"""
+    )
+    assert answer == b"captured"
+
+
 def test_text_left_when_1_is_closed_is_captured(work):
     answer, out = work(
         """

@@ -137,11 +137,10 @@ class Capture:
                 self._saved.append(_copy(number))
             for number, file in enumerate(self.files, 1):
                 os.dup2(file, number)
-            stream: Any
             for stream in self._streams:
                 if getattr(stream, "line_buffering", True) is False:
                     self._buffered.append(stream)
-                    stream.reconfigure(line_buffering=True)
+                    _buffer_lines(stream, True)
         except BaseException:
             self._restore()
             raise
@@ -179,10 +178,7 @@ class Capture:
         for file in self.files:
             _close(file)
         for stream in self._buffered:
-            try:
-                stream.reconfigure(line_buffering=False)
-            except Exception:
-                pass  # closed meanwhile
+            _buffer_lines(stream, False)
         self._buffered = []
         self._saved = []
         self.files = []
@@ -200,6 +196,13 @@ def contents(file: int) -> tuple[bytes, bool]:
     # Not at its offset, which is shared with whoever still writes. And no more
     # than there is: a big buffer's huge pages cost milliseconds.
     return os.pread(file, count, size - count), size > count
+
+
+def _buffer_lines(stream: Any, on: bool) -> None:
+    try:
+        stream.reconfigure(line_buffering=on)
+    except Exception:
+        pass  # closed, or an object of the user's own
 
 
 def _flush_one(stream: Any) -> None:
