@@ -318,10 +318,8 @@ class Process(Mortal):
         """There will be no such process."""
         self.unused = self.channel is not None and not self.channel.queued
         self.fail(error)
-        if self.coming:  # what was asked of it will not be, either
-            self._on_end()
-        self.exited = True
-        self._close()
+        self.on_exited(None, None)
+        self._on_end()  # what was asked of it will not be, either
 
     def _on_socket(self, id: int, fd: _afork.Descriptor | None) -> None:
         child = self.children.get(id)

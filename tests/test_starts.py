@@ -222,3 +222,27 @@ def test_reports_are_handled_in_their_order(arun):
                 child.pidfd = -1
 
     arun(main)
+
+
+def test_what_was_asked_of_a_process_that_is_refused(arun):
+    """Their sockets were to come from it: no end of file tells them."""
+
+    async def main():
+        template = await afork.Fork.new().ready()
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        template.set(rlimits={resource.RLIMIT_NOFILE: (3, hard)})
+        f = template.fork()
+        children = [*f.fork_many(3), f.fork()]
+        while f._process.error is None:  # ahead of the end of its own socket
+            template._process.poll()
+        for asked in [f.ready(), *(child.run("os.getpid") for child in children)]:
+            with pytest.raises(OSError, match="Too many open files"):
+                await asked
+        assert not f._process.children
+        for each in [f, *children]:
+            with pytest.raises(OSError, match="Too many open files"):
+                await each.wait()
+        template.kill()
+        assert await template.wait() == -signal.SIGKILL
+
+    arun(main)

@@ -73,6 +73,7 @@ class App:
             if isinstance(task, asyncio.Task):
                 task.print_stack(file=out)
             self.fault(f"{what} hangs: {task!r} {out.getvalue()}")
+            self.tell()
             task.cancel()
             await asyncio.wait({task}, timeout=1)
         if task.cancelled():
@@ -99,6 +100,19 @@ class App:
             # It would keep our callers, and the starts that they hold, until
             # garbage is collected: then in any order, the sockets first.
             del error, task
+
+    def tell(self) -> None:
+        """What the pools are waiting for."""
+        for pool in self.pools:
+            core = pool._core
+            print(pool.stats() if core else pool, core and core.template._fork)
+            for worker in [*core.workers, *core.leaving] if core else ():
+                process = worker.fork._process
+                print("   ", worker in core.workers, vars(worker), vars(process))
+                if process.pid:
+                    with contextlib.suppress(OSError):
+                        stat = Path(f"/proc/{process.pid}/stat").read_text()
+                        print("       ", stat[:60], flush=True)
 
     async def actor(self) -> None:
         actions = [getattr(self, x) for x in dir(self) if x.startswith("do_")]
