@@ -102,14 +102,25 @@ build/fuzz/%: tests/fuzz/%.c $(wildcard src/core/*.[ch])
 	    -o $@ $< $(wildcard src/core/*.c)
 
 # The interpreter itself is not instrumented, so the sanitizers' libraries
-# must come first, and what the interpreter never frees is not a leak.
-asan: venv ## the tests of the C core, under ASan and UBSan
-	$(call install,[test])
-	AFORK_SANITIZE=1 PYTHONMALLOC=malloc \
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 \
-	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	$(BIN)/pytest tests/core $(PYTEST_ARGS)
+# must come first, in templates as well, and what the interpreter never frees
+# is not a leak.  Objects have red zones around them only if they are malloc's.
+SANITIZE := -fsanitize=address,undefined
+sanitized = AFORK_SANITIZE=1 PYTHONMALLOC=malloc \
+    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+    ASAN_OPTIONS=detect_leaks=0:abort_on_error=1$(1) \
+    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(BIN)/pytest $(PYTEST_ARGS)
+BINDING_TESTS := $(patsubst %,tests/test_%.py,run fork_trees starts exec \
+    arguments inherit link poller bulk rpc shared_buffer worker_socket)
+
+# The handlers of the sanitizers' own would be in the way of tests of signals.
+asan: venv ## the tests of the C code, under ASan and UBSan
+	rm -rf build/lib* build/temp*
+	AFORK_CFLAGS="$(SANITIZE) -fno-sanitize-recover=all -fno-omit-frame-pointer -g" \
+	LDFLAGS="$(SANITIZE)" $(PIP) install --force-reinstall ".[test]"
+	rm -rf build/lib* build/temp*
+	$(call sanitized,) tests/core
+	$(call sanitized,:handle_segv=0:handle_sigbus=0:handle_sigfpe=0:handle_abort=0) \
+	    $(BINDING_TESTS)
 
 wheel: venv ## build dist/afork-….whl
 	rm -rf build/lib* build/temp* build/bdist*

@@ -1,7 +1,8 @@
 """Everything at once, while processes die and descriptors run out, at random.
 
-AFORK_CHAOS_SECONDS makes it longer, AFORK_CHAOS_SEED repeats a choice of
-things to do (not their timing). See scripts/chaos.py and chaos_app.py.
+AFORK_CHAOS_SECONDS makes it longer (with pytest -o faulthandler_timeout=0),
+AFORK_CHAOS_SEED repeats a choice of things to do, not their timing. See
+scripts/chaos.py and chaos_app.py.
 """
 
 from __future__ import annotations
