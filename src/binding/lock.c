@@ -1,9 +1,10 @@
 /*
  * Lock: of the application's processes, and what may only be called without it.
  *
- * It is taken as often as its thread wants, like an RLock.  A logging handler,
- * or a callback of the user, may take locks of its own or come back here in
- * another thread: it waits until this one is free.
+ * It is taken as often as its thread wants, like an RLock, which does not say
+ * when its last owner lets go of it.  A logging handler, or a callback of the
+ * user, may take locks of its own or come back here in another thread: it waits
+ * until this one is free.  A signal does not end the wait: nobody holds it long.
  */
 #include "binding.h"
 
