@@ -201,8 +201,8 @@ def test_demo(tmp_path):
     assert rows[0][7] == rows[6][7] == "0"
 
     # A program has counted the same.
-    counts = dict(re.findall(r"^   (\d+) (\d+)$", done.stdout, re.MULTILINE))
-    assert {(row[2].replace(",", ""), row[1]) for row in workers} == set(counts.items())
+    counts = set(re.findall(r"^   (\d+) (\d+)$", done.stdout, re.MULTILINE))
+    assert {(row[2].replace(",", ""), row[1]) for row in workers} == counts
     assert re.search(r"^   2,000 answers in .* 0 refused; 1 lost$", done.stdout, re.M)
     assert not list(tmp_path.iterdir())
 

@@ -554,7 +554,7 @@ def close_sockets():
         os.close(fd)
 
 
-def keep_other_things(what, path):
+def keep_other_things(what):
     """Put something else in the place of the files of this call."""
     store = afork.rpc._server.store
     store.clear()
@@ -562,7 +562,7 @@ def keep_other_things(what, path):
     if what == "pipe":
         fds = os.pipe()
     elif what == "file":
-        fds = [os.open(path, os.O_CREAT | os.O_RDWR)] * 2
+        fds = [os.open("/proc/self/status", os.O_RDONLY)] * 2
     elif what == "nothing":
         fds = []
     elif what == "one":
