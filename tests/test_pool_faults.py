@@ -184,6 +184,64 @@ def test_start_that_fails_is_tried_again(arun, jobs, log, monkeypatch):  # noqa:
     log.lines.clear()
 
 
+def test_more_processes_than_descriptors(arun, jobs, gate, log, monkeypatch):  # noqa: F811
+    """It makes do with those that there is room for, and leaves some to us."""
+    monkeypatch.setattr(_core, "_PAUSE", 0.01)
+
+    async def main():
+        told, seen = Seen(), Seen()
+        async with afork.Pool(max=20, on_error=told, on_event=seen) as pool:
+            assert pool.template is not None
+            await turn(3)
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+            used = len(os.listdir("/proc/self/fd"))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + 40, limit[1]))
+            try:
+                calls = [pool.call(jobs.hold, gate.path) for _ in range(25)]
+                while not told.all:
+                    await turn()
+                assert {error.errno for error in told.all} == {errno.EMFILE}
+                for fd in [os.dup(0) for _ in range(8)]:
+                    os.close(fd)
+                few = pool.stats().counts.started
+                assert 1 < few < 20
+                await seen.held(few)
+                gate.open(1)
+                await seen.held(few + 1)  # what waits gets the processes there are
+                assert pool.stats().counts.started < 20
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+            await seen.held(21)  # and more of them once there can be
+            gate.open(24)
+            assert await asyncio.gather(*calls) == [None] * 25
+            assert pool.stats().counts.lost == 0
+            check(pool)
+
+    arun(main)
+    log.lines.clear()
+
+
+def test_start_is_refused_until_another_ends(arun, jobs, log, monkeypatch):  # noqa: F811
+    real = _core.OutputPipe
+
+    async def main():
+        async with afork.Pool(max=1, max_calls=1) as pool:
+
+            def pipe(*args):
+                if pool.stats().leaving:
+                    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+                return real(*args)
+
+            monkeypatch.setattr(_core, "OutputPipe", pipe)
+            pids = [pool.call(jobs.pid) for _ in range(4)]
+            assert len(set(await asyncio.gather(*pids))) == 4
+            check(pool)
+
+    arun(main)
+    assert log.lines
+    log.lines.clear()
+
+
 def test_own_template_that_cannot_be_replaced(arun, jobs, log, monkeypatch):  # noqa: F811
     async def main():
         async with afork.Pool(max=1) as pool:
@@ -197,10 +255,10 @@ def test_own_template_that_cannot_be_replaced(arun, jobs, log, monkeypatch):  # 
 
                 def new():
                     tried.append(None)
-                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+                    raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
 
                 patch.setattr(afork.Fork, "new", new)
-                with pytest.raises(OSError, match="Too many open files"):
+                with pytest.raises(OSError, match="No such file"):
                     await pool.call(jobs.add, 1)
                 assert len(tried) == 1
             assert await pool.call(jobs.add, 1) == 1

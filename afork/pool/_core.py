@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import heapq
 import logging
 import os
@@ -18,6 +19,7 @@ from afork.rpc._output import OutputPipe
 from afork.rpc._rpc import Setup
 from afork.rpc._stream import Unread
 
+from ._descriptors import count_affordable
 from ._rooms import Rooms
 from ._template import Template
 from ._worker import PoolCall, Worker
@@ -34,6 +36,9 @@ _PATIENCE = 1.0
 #: Seconds without an attempt after a process could not be started; doubled
 #: with each further failure, up to the second number.
 _PAUSE, _PAUSE_MAX = 1.0, 32.0
+
+#: What is refused for now: the end of another process may be all it takes.
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
 
 #: Where output goes: a function called with each line, or a descriptor.
 Sink: TypeAlias = "Callable[[str], object] | int"
@@ -128,6 +133,12 @@ class Core:
         #: Until when no further process is tried, and how long the next time.
         self._paused_until = -1e9
         self._pause = _PAUSE
+        #: Whether the last that could not start lacked what others give back.
+        self._short = False
+        pipes = (settings.stdout, settings.stderr, settings.logging or None)
+        #: Descriptors that a process takes here while it starts: its socket, its
+        #: pidfd, and both ends of each pipe.
+        self._fds_each = 2 + 2 * sum(pipe is not None for pipe in pipes)
         self._timers: set[asyncio.TimerHandle] = set()
         self._stop_timer: asyncio.TimerHandle | None = None
         self._destroyed = False
@@ -246,6 +257,7 @@ class Core:
             self.starting -= 1
             self.template.proven = True
             self._pause = _PAUSE
+            self._short = False
             self._rooms.add(worker)
             worker.idle_since = self.loop.time()
             self._dispatch()
@@ -283,6 +295,8 @@ class Core:
             self._call_user(self.settings.on_error, error)
             if not worker.ready:
                 self._start_failed(error)
+        if worker.ready and self._short:
+            self._paused_until = -1e9  # it has given back what may suffice
         self._grow_soon()
         self._end_if_over()
 
@@ -306,7 +320,7 @@ class Core:
             return
         now = self.loop.time()
         begin = now
-        if self.workers or not self.waiting:
+        if self._has_others() or not self.waiting:
             begin = self._paused_until
         if s.start:
             n = 1
@@ -317,6 +331,7 @@ class Core:
             return
         self._last_start = now
         try:
+            n = self._affordable(n)
             for fork in self.template.get().fork_many(n):
                 self._start(fork)
         except Exception as exc:
@@ -327,7 +342,26 @@ class Core:
             self._grow_soon()
             return
         if n < wanted:
-            self._grow_at(now + s.start)
+            self._grow_at(now + (s.start or _PAUSE))
+
+    def _affordable(self, n: int) -> int:
+        """As many of n processes as there are descriptors for.
+
+        Raises:
+            OSError: EMFILE, for none; the first one is always tried.
+        """
+        affordable = count_affordable(self._fds_each, 2 * self.starting)
+        if self._has_others() and not affordable:
+            raise OSError(
+                errno.EMFILE,
+                f"{os.strerror(errno.EMFILE)}: the limit leaves no descriptors for "
+                f"more than {len(self.workers)} processes of the pool",
+            )
+        return min(n, max(1, affordable))
+
+    def _has_others(self) -> bool:
+        """Whether there are processes to do what waits, or to make room."""
+        return bool(self.workers or (self.leaving and self._short))
 
     def _grow_at(self, when: float) -> None:
         if self._grow_timer is None:
@@ -375,8 +409,9 @@ class Core:
         if now >= self._paused_until:  # or others have failed with it
             self._paused_until = now + self._pause
             self._pause = min(2 * self._pause, _PAUSE_MAX)
-        if self.workers:
-            # They do what waits, or fail as well.
+        self._short = isinstance(error, OSError) and error.errno in _SHORTAGES
+        if self._has_others():
+            # They do what waits, make room for another, or fail as well.
             logger.warning("a process of a pool could not start: %s", error)
             return
         # Nobody else can do what waits.
