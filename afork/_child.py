@@ -250,7 +250,7 @@ class Handler:
         elif key == "unsetenv":
             os.environb.pop(value, None)
         elif key == "cwd":
-            os.chdir(value)
+            os.chdir(os.fsdecode(value))  # as text, which an error shows
         elif key == "umask":
             os.umask(int(value))
         elif key == "rlimit":
@@ -361,18 +361,24 @@ def load_main(packed: bytes) -> None:
         module.__file__ = spec.origin
         code = spec.loader.get_code(spec.name)  # type: ignore[attr-defined]
     else:
-        from _frozen_importlib_external import SourceFileLoader
+        import _frozen_importlib_external as files
 
         path = os.fsdecode(name)
+        with open(path, "rb") as file:
+            source = file.read()
+        compiled = source.startswith(files.MAGIC_NUMBER)  # python program.pyc
+        make = files.SourcelessFileLoader if compiled else files.SourceFileLoader
         module.__file__ = path
         # A program has the spec None, for which 3.15 warns in each traceback if
         # the module has another name; and multiprocessing, which looks for the
         # name of the spec, fails in a worker that has none. So one without name.
-        module.__loader__ = loader = SourceFileLoader("__mp_main__", path)
+        module.__loader__ = loader = make("__mp_main__", path)
         namespace: Any = type(sys.implementation)
         module.__spec__ = namespace(name=None, loader=loader, origin=path, parent="")
-        with open(path, "rb") as file:
-            code = compile(file.read(), path, "exec", dont_inherit=True)
+        if compiled:
+            code = loader.get_code("__mp_main__")
+        else:
+            code = compile(source, path, "exec", dont_inherit=True)
     sys.modules["__main__"] = sys.modules["__mp_main__"] = module
     loading_main = True
     try:

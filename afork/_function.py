@@ -45,10 +45,14 @@ def function_name(
     # A class method is a new object at each access, and equal to itself; a
     # decorator may have left the function itself inside.
     if found is None:
-        raise TypeError(
-            f"{module}.{name} cannot be imported in the process: it is not in the "
-            f"module {module!r} of this one either"
-        )
+        why = f"it is not in the module {module!r} of this one either"
+        if module == "__main__":
+            why += (
+                f", which is {sys.modules[module]!r}. What runs the program (python "
+                "-m cProfile, -m trace) may have kept that name: put the function "
+                "into a module that the program imports"
+            )
+        raise TypeError(f"{module}.{name} cannot be imported in the process: {why}")
     if found != func and getattr(found, "__wrapped__", None) is not func:
         raise TypeError(
             f"{module}.{name} is not {func!r}: the process would run something else"

@@ -41,9 +41,13 @@ _FIXED: dict[str, object] = {
     "group": None,
     "extra_groups": None,
     "pipesize": -1,
+}
+
+#: Those that asyncio's streams, which are of bytes, do not have either.
+_BYTES: dict[str, object] = {
     "bufsize": 0,
     "universal_newlines": False,
-    "text": None,
+    "text": False,
     "encoding": None,
     "errors": None,
 }
@@ -94,9 +98,13 @@ async def create_subprocess_exec(
         TemplateError: the template has died meanwhile.
     """
     for name, value in fixed.items():
-        if name not in _FIXED:
+        if name in _BYTES:
+            only = _BYTES[name]
+            if value != only and (value or only is None):
+                raise ValueError(f"{name} must be {only}: the streams are of bytes")
+        elif name not in _FIXED:
             raise TypeError(f"unexpected keyword argument {name!r}")
-        if value != _FIXED[name]:
+        elif value != _FIXED[name]:
             raise ValueError(f"{name} is not possible: a template starts the program")
     argv0 = None
     if executable is not None:

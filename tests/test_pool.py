@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
+import pickle
 import threading
+from functools import partial
 
 import pytest
 
 import afork
 
+from .conftest import need, open_descriptors
 from .scripts.fault_tools import log  # noqa: F401 - a fixture
 from .scripts.pool_tools import Seen, check, gone, turn
 
@@ -50,6 +54,8 @@ def test_bound_to_a_function(arun, jobs, name):
                 pool(1)
             with pytest.raises(TypeError, match="function is needed"):
                 pool.call("pool_jobs.add", 1)
+            with pytest.raises(TypeError, match=r"^with_options\(\) .*: x, y\. .*timeo"):
+                pool.with_options(y=1, retries=1, x=2)
 
     arun(main)
 
@@ -393,5 +399,52 @@ def test_options_of_views(arun, jobs):
             view = pool.with_options(priority=3).with_options(retries=1)
             assert view._options.priority == 3
             assert await view.call(jobs.add, 1) == 1
+
+    arun(main)
+
+
+def test_what_cannot_be_pickled_is_explained(arun, jobs):
+    def inside():
+        pass
+
+    async def main():
+        async with afork.Pool(max=1) as pool:
+            for args, kwargs, kind, advice in (
+                ((lambda: 1,), {}, Exception, "top of a module, or give codec="),
+                ((inside,), {}, AttributeError, "top of a module, or give codec="),
+                ((partial(inside),), {}, AttributeError, "top of a module"),
+                ((jobs.echo,), {"value": inside}, AttributeError, "top of a module"),
+                ((jobs.echo, (x for x in ())), {}, TypeError, "such as a list"),
+                ((jobs.echo, [threading.Lock()]), {}, TypeError, "such as a list"),
+            ):
+                with pytest.raises(kind) as theirs:
+                    pickle.dumps((args, kwargs))
+                with pytest.raises(kind) as info:
+                    pool.call(*args, **kwargs)
+                assert type(info.value) is type(theirs.value)
+                (note,) = info.value.__notes__
+                assert note.startswith("afork: ")
+                assert advice in note
+        with pytest.raises(TypeError) as info:
+            afork.Pool(init=jobs.init, initargs=(threading.Lock(),))
+        assert "such as a list" in info.value.__notes__[0]
+        async with afork.Pool(max=1, codec="json") as pool:
+            with pytest.raises(TypeError) as info:
+                pool.call(jobs.echo, 1)
+            assert not hasattr(info.value, "__notes__")
+
+    arun(main)
+
+
+def test_what_cloudpickle_cannot_send_either(arun):
+    found = bool(importlib.util.find_spec("cloudpickle"))
+    need("cloudpickle", found, "cloudpickle is not installed")
+
+    async def main():
+        async with afork.Pool(max=1, codec="cloudpickle") as pool:
+            assert await pool.call(lambda: 1) == 1
+            with pytest.raises(TypeError) as info:
+                pool.call(lambda x: x, (x for x in ()))
+            assert "such as a list" in info.value.__notes__[0]
 
     arun(main)

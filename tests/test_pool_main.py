@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import py_compile
 
 import pytest
 
@@ -100,6 +101,37 @@ def test_the_template_of_the_main_program(run_script, tmp_path):
     options = "max=2, template=TEMPLATE"
     path = script(tmp_path, last=last, options=options, body=BODY)
     assert run_file(run_script, path).stdout == "once\npassed\n"
+
+
+def test_a_compiled_main_program(run_script, tmp_path):
+    path = script(tmp_path, options="max=2", body=BODY)
+    compiled = py_compile.compile(str(path), str(tmp_path / "compiled.pyc"))
+    path.unlink()
+    assert run_file(run_script, compiled).stdout == "passed\n"
+
+
+def test_a_main_program_run_by_another(run_script, tmp_path):
+    """As coverage and pdb do: __main__ is another module than at the start."""
+    path = script(tmp_path, options="max=2", body=BODY)
+    code = f"""
+import multiprocessing, sys, types
+main = sys.modules["__main__"] = types.ModuleType("__main__")
+main.__file__ = {str(path)!r}
+with open(main.__file__) as file:
+    exec(compile(file.read(), main.__file__, "exec"), main.__dict__)
+"""
+    assert run_script(code).stdout == "passed\n"
+
+
+@pytest.mark.parametrize("options", ["max=2", "double, max=2"])
+def test_a_main_program_that_is_not_main(run_script, tmp_path, options):
+    """As cProfile did before 3.13, and trace does."""
+    name = "pool" if "double" in options else CALL
+    path = script(tmp_path, options=options, name=name)
+    code = f"import runpy\nrunpy._run_code(open({str(path)!r}).read(), {{}}, None, "
+    done = run_script(code + "'__main__')", status=1)
+    assert "put" in done.stderr.lower()
+    assert "into a module that the program imports" in done.stderr
 
 
 def test_without_the_guard(run_script, tmp_path):

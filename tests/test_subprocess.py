@@ -435,6 +435,15 @@ def test_what_cannot_be_done_from_a_template_is_refused(arun):
                 await afork.create_subprocess_exec("true", **kwargs)
             with pytest.raises(ValueError, match=f"{name} is not possible"):
                 await afork.create_subprocess_shell("true", **kwargs)
+        for kwargs, text in (  # as asyncio says it, and why
+            ({"text": True}, "text must be False: "),
+            ({"universal_newlines": True}, "universal_newlines must be False: "),
+            ({"encoding": "utf-8"}, "encoding must be None: "),
+            ({"errors": "strict"}, "errors must be None: "),
+            ({"bufsize": 1}, "bufsize must be 0: "),
+        ):
+            with pytest.raises(ValueError, match=f"^{text}the streams are of bytes"):
+                await afork.create_subprocess_exec("true", **kwargs)
         with pytest.raises(TypeError, match="unexpected keyword argument 'nice'"):
             await afork.create_subprocess_exec("true", nice=1)
         with pytest.raises(ValueError, match="STDOUT can only be used for stderr"):
@@ -442,6 +451,10 @@ def test_what_cannot_be_done_from_a_template_is_refused(arun):
         # what asks for nothing is accepted
         p = await afork.create_subprocess_exec(
             "true", preexec_fn=None, close_fds=True, restore_signals=True, user=None
+        )
+        assert await p.wait() == 0
+        p = await afork.create_subprocess_exec(
+            "true", text=False, universal_newlines=None, encoding=None, bufsize=0
         )
         assert await p.wait() == 0
 

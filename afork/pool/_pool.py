@@ -39,6 +39,9 @@ class CallOptions:
     capture: bool = False
 
 
+_CALL_OPTIONS = frozenset(CallOptions.__slots__)
+
+
 @dataclass(frozen=True, slots=True)
 class PoolStats:
     """The state of a pool; see `Pool.stats`."""
@@ -89,9 +92,19 @@ class Calls:
             capture: Whether the result is an ``afork.Captured``: value,
                 stdout and stderr. An exception, WorkerLost included, has it
                 as ``captured``. Not in asynchronous pools.
+
+        Raises:
+            TypeError: there is no such option.
+            ValueError: it cannot have this value.
         """
         from dataclasses import replace
 
+        if not options.keys() <= _CALL_OPTIONS:
+            unknown = ", ".join(sorted(options.keys() - _CALL_OPTIONS))
+            raise TypeError(
+                f"with_options() got an unexpected option: {unknown}. There are "
+                f"{', '.join(CallOptions.__slots__)}"
+            )
         if "retry_on" in options:
             kinds = options["retry_on"]
             options["retry_on"] = (kinds,) if isinstance(kinds, type) else tuple(kinds)

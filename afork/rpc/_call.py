@@ -126,11 +126,17 @@ def encode_call(
     """A call with its arguments encoded.
 
     Raises:
-        Exception: whatever the codec raises for them.
+        Exception: whatever the codec raises for them; a note says what to do.
     """
-    if kwargs:
-        payload, fds = codec.encode((args, kwargs))
-        kind |= KEYWORDS
-    else:
-        payload, fds = codec.encode(args)
+    try:
+        if kwargs:
+            payload, fds = codec.encode((args, kwargs))
+            kind |= KEYWORDS
+        else:
+            payload, fds = codec.encode(args)
+    except Exception as exc:
+        from ._advice import advise
+
+        advise(exc, codec, (*args, *kwargs.values()))
+        raise
     return make(loop, kind, payload, fds)

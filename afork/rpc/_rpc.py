@@ -62,13 +62,21 @@ class Setup:
             if self.needs_main:
                 raise
         if initargs:
-            values["initargs"], fds = self.codec.encode(initargs)
+            try:
+                values["initargs"], fds = self.codec.encode(initargs)
+            except Exception as exc:
+                from ._advice import advise
+
+                advise(exc, self.codec, initargs)
+                raise
             if fds:
                 close_all(fds)
                 raise ValueError("the arguments of init are too large")
         self.values = values
-        # Objects of the main program have another module name over there.
-        sys.modules.setdefault("__mp_main__", sys.modules["__main__"])
+        # Objects of the main program have another module name over there. What
+        # multiprocessing has put there may be the program that runs ours:
+        # coverage, or a debugger.
+        sys.modules["__mp_main__"] = sys.modules["__main__"]
 
     @property
     def entry(self) -> str:
