@@ -94,9 +94,14 @@ class _Become(Coroutine[Any, Any, T], Generic[T]):
             self._coroutine.close()
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # Whatever was awaited has ended or killed the process by itself.
-        if self._coroutine is None and not finalizing():
+        if finalizing():
+            return
+        if self._coroutine is None:
             self._process.forget()
+        else:
+            # What was awaited has taken it, or killed the process by itself;
+            # unless it was never stepped.
+            self._process.close_held()
 
     def __repr__(self) -> str:
         name = type(self).__name__.lower()
@@ -113,7 +118,7 @@ class Run(_Become["socket.socket"]):
 
     def _result(self) -> socket.socket:
         process = self._process
-        sock, process.sock = process.sock, None
+        sock = process.take_held()
         process.part()
         if sock is None:
             raise asyncio.InvalidStateError("the socket was given to the callback")
@@ -129,5 +134,4 @@ class Exec(_Become["socket.socket | None"]):
         return self._process.executed
 
     def _result(self) -> socket.socket | None:
-        sock, self._process.sock = self._process.sock, None
-        return sock
+        return self._process.take_held()

@@ -135,9 +135,10 @@ class Request:
 
     _queued = False
 
-    def take_socket(self) -> socket.socket | None:
+    def take_socket(self) -> int:
+        """Our end of the stream socket, or -1."""
         sock, self._socket = self._socket, None
-        return sock
+        return -1 if sock is None else sock.detach()
 
     def queue(self, channel: _afork.Channel, letter: int, prefix: bytes = b"") -> None:
         """Queue the descriptors and the request behind them, under the hub's lock."""

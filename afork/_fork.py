@@ -556,7 +556,7 @@ class Fork:
                     process.claimed = "exec"
                     process.flush()
             process.claimed = "exec"
-        process.sock = request.take_socket()
+        process.held = request.take_socket()
         return Exec(process)
 
     def _fresh_copy(self, process: Process) -> Process:

@@ -303,13 +303,11 @@ class Process(Mortal):
         self.channel = None
         if self.forgotten and self.callback is None:
             os.close(fd)
+        elif self.callback is not None:
+            callback, self.callback = self.callback, None
+            call_user(callback, stream_socket(fd))
         else:
-            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
-            self.sock.setblocking(False)
-            if self.callback is not None:
-                callback, self.callback = self.callback, None
-                sock, self.sock = self.sock, None
-                call_user(callback, sock)
+            self.held = fd
         self.part()
         if self.parent is not None and self.parent.gone and not self.exited:
             self._learn_end()
@@ -470,9 +468,7 @@ class Process(Mortal):
     def raise_error(self) -> None:
         if self.error is not None:
             self.told()
-            if self.sock is not None:  # for the streams of a failed exec
-                self.sock.close()
-                self.sock = None
+            self.close_held()  # for the streams of a failed exec
             # A copy: with the traceback that raising gives it, the original
             # would keep the caller's frame, and so its Fork, for ever.
             error = copy.copy(self.error)
@@ -490,18 +486,25 @@ class Process(Mortal):
             self.send_signal(signal.SIGKILL)
         except OSError:
             pass  # it has ended, or there is no descriptor to reach it by
-        if self.sock is not None:
-            self.sock.close()
-            self.sock = None
+        self.close_held()
+
+    def take_held(self) -> socket.socket | None:
+        """Our end of the user's socket, for who has awaited it."""
+        fd, self.held = self.held, -1
+        return None if fd < 0 else stream_socket(fd)
+
+    def close_held(self) -> None:
+        """Nobody will take it."""
+        fd, self.held = self.held, -1
+        if fd >= 0:
+            os.close(fd)
 
     def forget(self) -> None:
         """Nobody will await run or exec: configure and forget."""
         hub().attach_any()  # somebody has to read until it runs
         with hub().lock:
             self.forgotten = True
-            if self.sock is not None:
-                self.sock.close()
-                self.sock = None
+            self.close_held()
             self.part()
         self.log_error()
 
@@ -525,7 +528,7 @@ class Process(Mortal):
         if (
             self.dropped
             and self.running
-            and self.sock is None
+            and self.held < 0
             and self.parent is not None
             and not self._expecting
         ):
@@ -553,6 +556,7 @@ class Process(Mortal):
             self.channel.close()
             self.channel = None
         self.reports = None
+        self.close_held()
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
@@ -632,6 +636,13 @@ def call_user(callback: Callable[[socket.socket], object], sock: socket.socket) 
         hub().lock.after(functools.partial(callback, sock))
     else:
         loop.call_soon(callback, sock)
+
+
+def stream_socket(fd: int) -> socket.socket:
+    """A non-blocking socket that owns a descriptor."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+    sock.setblocking(False)
+    return sock
 
 
 def wait_for_room(fd: int, crowded: bool) -> None:

@@ -49,8 +49,9 @@ class State:
     running = False
     #: It is a program by now.
     executed = False
-    #: Our end of the socket once run has taken it over; owned until given.
-    sock: socket.socket | None = None
+    #: Our end of the user's socket, owned until it is awaited. A socket object
+    #: in a cycle of garbage may be finalised before us, and warn.
+    held = -1
     error: BaseException | None = None
     was_logged = False
     #: Highest token of a ready request that was answered.

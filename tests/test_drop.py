@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import socket
+import stat
 from pathlib import Path
 
 import pytest
@@ -176,6 +178,32 @@ def test_reference_cycles_are_collected(arun):
         await gone.wait()
         asyncio.get_running_loop().remove_reader(fd)
         os.close(fd)
+
+    arun(main)
+
+
+@pytest.mark.parametrize("program", [True, False])
+def test_what_is_collected_unawaited_holds_no_socket_object(arun, program):
+    """It would warn, if it came first in the cycle; the number is closed."""
+
+    async def main():
+        f = afork.Fork.new()
+        if program:
+            cycle = [f, f.exec("true", stdin=afork.SOCKET)]
+        else:
+            cycle = [f, f.run("afork._child.trial")]
+        cycle.append(cycle)
+        assert await f.wait() == 0
+        fd = f._process.held
+        assert stat.S_ISSOCK(os.fstat(fd).st_mode)
+        assert not any(
+            isinstance(x, socket.socket) for x in gc.get_referents(f._process)
+        )
+        inode = os.fstat(fd).st_ino
+        del f, cycle
+        gc.collect()
+        links = [f"/proc/self/fd/{x}" for x in os.listdir("/proc/self/fd")]
+        assert inode not in [os.stat(x).st_ino for x in links if os.path.exists(x)]
 
     arun(main)
 

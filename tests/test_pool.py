@@ -13,7 +13,7 @@ import pytest
 
 import afork
 
-from .conftest import need, open_descriptors
+from .conftest import need
 from .scripts.fault_tools import log  # noqa: F401 - a fixture
 from .scripts.pool_tools import Seen, check, gone, turn
 
@@ -54,7 +54,9 @@ def test_bound_to_a_function(arun, jobs, name):
                 pool(1)
             with pytest.raises(TypeError, match="function is needed"):
                 pool.call("pool_jobs.add", 1)
-            with pytest.raises(TypeError, match=r"^with_options\(\) .*: x, y\. .*timeo"):
+            with pytest.raises(
+                TypeError, match=r"^with_options\(\) .*: x, y\. .*timeo"
+            ):
                 pool.with_options(y=1, retries=1, x=2)
 
     arun(main)

@@ -125,7 +125,7 @@ with open(main.__file__) as file:
 
 @pytest.mark.parametrize("options", ["max=2", "double, max=2"])
 def test_a_main_program_that_is_not_main(run_script, tmp_path, options):
-    """As cProfile did before 3.13, and trace does."""
+    """As cProfile and trace run it."""
     name = "pool" if "double" in options else CALL
     path = script(tmp_path, options=options, name=name)
     code = f"import runpy\nrunpy._run_code(open({str(path)!r}).read(), {{}}, None, "
