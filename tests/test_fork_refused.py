@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
 import signal
 
 import pytest
@@ -334,3 +335,22 @@ def test_the_application_cannot_fork(run_script, kind):
     if kind == "ENOMEM":
         need("root", os.geteuid() == 0, "only root can make a pid namespace")
     run_script(APPLICATION, kind)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a user without other processes")
+@pytest.mark.parametrize("room", [1, 3])
+def test_a_pool_makes_do_with_the_processes_there_can_be(arun, room):
+    """One at a time if need be, each started when the one before has gone."""
+
+    async def main():
+        async with afork.Pool(max=10, max_calls=3) as pool:
+            template = pool.template.require("resource", "traceback", "signal")
+            template.eval(
+                "import os; os.setuid(int(args[0]))", str(500_000 + os.getpid())
+            )
+            limit = (1 + room, 1 + room)
+            template.set(rlimits={resource.RLIMIT_NPROC: limit})
+            calls = [pool.call(abs, -n) for n in range(30)]
+            assert await asyncio.gather(*calls) == list(range(30))
+
+    arun(main)

@@ -135,6 +135,8 @@ class Core:
         self._pause = _PAUSE
         #: Whether the last that could not start lacked what others give back.
         self._short = False
+        #: One has given it back since the last were tried.
+        self._given_back = False
         pipes = (settings.stdout, settings.stderr, settings.logging or None)
         #: Descriptors that a process takes here while it starts: its socket, its
         #: pidfd, and both ends of each pipe.
@@ -295,8 +297,10 @@ class Core:
             self._call_user(self.settings.on_error, error)
             if not worker.ready:
                 self._start_failed(error)
-        if worker.ready and self._short:
-            self._paused_until = -1e9  # it has given back what may suffice
+        if worker.ready:
+            self._given_back = True
+            if self._short:
+                self._paused_until = -1e9
         self._grow_soon()
         self._end_if_over()
 
@@ -330,6 +334,7 @@ class Core:
             self._grow_at(begin)
             return
         self._last_start = now
+        self._given_back = False
         try:
             n = self._affordable(n)
             for fork in self.template.get().fork_many(n):
@@ -406,13 +411,15 @@ class Core:
         if self.template.is_lost():
             return
         now = self.loop.time()
+        self._short = isinstance(error, OSError) and error.errno in _SHORTAGES
+        goes_on = self._has_others() or (self._short and self._given_back)
         if now >= self._paused_until:  # or others have failed with it
             self._paused_until = now + self._pause
             self._pause = min(2 * self._pause, _PAUSE_MAX)
-        self._short = isinstance(error, OSError) and error.errno in _SHORTAGES
-        if self._has_others():
+            if goes_on:
+                logger.warning("a process of a pool could not start: %s", error)
+        if goes_on:
             # They do what waits, make room for another, or fail as well.
-            logger.warning("a process of a pool could not start: %s", error)
             return
         # Nobody else can do what waits.
         if not self.waiting and self.settings.on_error is None:
