@@ -162,6 +162,7 @@ def set_title(title: bytes, /) -> None: ...
 def memory_setup(
     no_arena: bool,
     no_collapse: bool,
+    no_file: bool,
     no_gc: bool,
     no_immortal: bool,
     no_text: bool,

@@ -15,7 +15,7 @@ from . import _afork
 #: For tests, and for who has trouble: a comma-separated list of what a template
 #: is not to do, out of `OFF`. Read when it starts.
 VARIABLE = "AFORK_MEMORY_OFF"
-OFF = ("arena", "collapse", "gc", "immortal", "text")
+OFF = ("arena", "collapse", "file", "gc", "immortal", "text")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -121,7 +121,10 @@ def stats() -> dict[str, int | str | bool]:
       "used", "not yet", "small" (under 30 MB there is nothing to gain), "old
       kernel" (before 6.1), "no huge pages" (the system forbids them),
       "refused" (``collapse_errno`` says why), "switched off"
-    - ``collapsed_bytes``, ``refused_bytes``
+    - ``collapsed_bytes``, ``refused_bytes``: of the last time
+    - ``file_bytes``: what has been moved into files of memory, of which a fork
+      copies no page tables; none while there are threads. ``file_errno``: why
+      no more of it could be
     - ``frozen``: whether `Fork.freeze` was called
     - ``immortal``: "used", or why no object was made immortal;
       ``immortal_objects``: how many were; ``visited_objects``: how many were

@@ -23,6 +23,7 @@ _MEMORY = {
     "Private_Clean": "private",
     "Private_Dirty": "private",
     "AnonHugePages": "huge_pages",
+    "ShmemPmdMapped": "huge_pages",
 }
 
 

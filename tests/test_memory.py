@@ -51,6 +51,123 @@ def test_a_large_template_moves_into_huge_pages(arun, collapse):
     arun(main)
 
 
+PRIVATE = """
+def private_of_file():
+    with open("/proc/self/smaps") as file:
+        ours = False
+        n = 0
+        for line in file:
+            if "-" in line.split(" ", 1)[0]:
+                ours = "/memfd:afork heap" in line
+            elif ours and line.startswith(("Private_Clean", "Private_Dirty")):
+                n += int(line.split()[1])
+    return n
+"""
+
+
+@pytest.mark.parametrize("made", ["new", "new_exec"])
+def test_python_objects_move_into_a_file(arun, collapse, made):
+    """Of which a fork copies no page tables."""
+
+    async def main():
+        template = getattr(afork.Fork, made)().eval(DATA + SCAN + PRIVATE)
+        template.eval("def write():\n    for item in data: item['id'] += 1")
+        template.eval("def both(): write(); return scan()")
+        expected = await ask(template.fork(), "scan()")
+        found = await stats(template.fork())
+        assert found["file_bytes"] > 10 << 20, found
+        assert found["file_errno"] == 0
+        assert found["collapsed_bytes"] >= found["file_bytes"]
+        maps = Path(f"/proc/{template.pid}/maps").read_text()
+        assert "/memfd:afork heap" in maps
+        assert not [
+            link
+            for link in os.listdir(f"/proc/{template.pid}/fd")
+            if "afork heap" in os.readlink(f"/proc/{template.pid}/fd/{link}")
+        ]
+        # What a worker does not write is shared; what it writes is its own.
+        assert await ask(template.fork(), "private_of_file()") < 2 << 10
+        assert await ask(template.fork(), "both()") == expected + 13_000
+        assert await ask(template.fork(), "scan()") == expected
+        # And what is given back can be used again.
+        again = "data.clear() or exec('data += [str(i) for i in range(300_000)]')"
+        assert await ask(template.fork(), f"{again} or len(data)") == 300_000
+        template.close()
+
+    arun(main)
+
+
+def test_what_is_loaded_later_moves_too(arun, collapse):
+    async def main():
+        template = afork.Fork.new_exec().eval(DATA + SCAN)
+        expected = await ask(template.fork(), "scan()")
+        first = (await stats(template.fork()))["file_bytes"]
+        while (await template.stats())["children"]:
+            pass  # while one lives, nothing is moved
+        template.eval("more, data = data, []").eval(DATA)
+        assert await ask(template.fork(), "scan()") == expected
+        found = await stats(template.fork())
+        assert found["collapse"] == "used"
+        assert found["file_bytes"] > first + (5 << 20), (first, found)
+        template.close()
+
+    arun(main)
+
+
+def test_a_template_of_a_template_moves_its_own(arun, collapse):
+    async def main():
+        template = afork.Fork.new_exec().eval(DATA + SCAN)
+        expected = await ask(template.fork(), "scan()")
+        second = template.fork().eval(DATA.replace("data", "more"))
+        assert await ask(second.fork(), "scan()") == expected
+        found = await stats(second.fork())
+        assert found["file_bytes"] > 5 << 20, found
+        assert await ask(second.fork(), "len(more)") == 13_000
+        second.close()
+        assert await ask(template.fork(), "scan()") == expected
+        template.close()
+
+    arun(main)
+
+
+def test_threads_keep_it_where_it_is(arun, collapse):
+    """They might write between the copy and its mapping."""
+
+    async def main():
+        template = afork.Fork.new_exec().eval(DATA + SCAN)
+        template.eval("import threading; stop = threading.Event()")
+        template.eval("threading.Thread(target=stop.wait, daemon=True).start()")
+        assert await ask(template.fork(), "scan()") > 0
+        found = await stats(template.fork())
+        assert (found["collapse"], found["file_bytes"]) == ("used", 0), found
+        template.close()
+
+    arun(main)
+
+
+@pytest.mark.parametrize("how", ["limit", "switch"])
+def test_without_a_file(arun, collapse, monkeypatch, how):
+    """The limit of a file's size is one of memory files, too."""
+    if how == "switch":
+        monkeypatch.setenv(_memory.VARIABLE, "file")
+
+    async def main():
+        template = afork.Fork.new_exec().eval(DATA + SCAN)
+        if how == "limit":
+            template.eval("import resource, signal")
+            template.eval("signal.signal(signal.SIGXFSZ, signal.SIG_DFL)")
+            template.eval("resource.setrlimit(resource.RLIMIT_FSIZE, (5 << 20, -1))")
+        assert await ask(template.fork(), "scan()") > 0
+        found = await stats(template.fork())
+        assert found["collapse"] == "used", found
+        assert found["file_bytes"] == (4 << 20 if how == "limit" else 0), found
+        assert found["file_errno"] == (errno.EFBIG if how == "limit" else 0)
+        assert huge_pages(template.pid) > 40 << 20
+        template.close()
+
+    arun(main)
+
+
 #: In as many interpreters as possible at once: each with a GIL of its own.
 INTERPRETERS = """
 import threading

@@ -36,6 +36,7 @@ static struct {
                   each would write that it is one */
     PyObjectArenaAllocator theirs; /* for what does not fit, and to free it */
     size_t n;
+    size_t first;  /* from here on; those before are shared with a parent */
     size_t bytes;  /* in arenas that were handed out here */
     size_t arenas; /* number of them */
     struct slab *slabs[SLABS];
@@ -62,7 +63,7 @@ slab_new(size_t size)
     if (before)
         munmap(start, before);
     munmap(base + size, AFORK_HUGE_SIZE - before);
-    if (own.n)
+    if (own.n > own.first)
         madvise(base, size, MADV_HUGEPAGE);
     slab->base = base;
     slab->units = size / UNIT;
@@ -123,10 +124,10 @@ arena_alloc(void *ctx, size_t size)
     /* Pieces of the interpreter's stack come here as well, and are small. */
     if (size % UNIT || !n || n > UNITS || !is_ours() || getpid() != own.pid)
         return own.theirs.alloc(own.theirs.ctx, size);
-    for (size_t i = own.n; i-- > 0;)
+    for (size_t i = own.n; i-- > own.first;)
         if ((arena = slab_alloc(own.slabs[i], n)))
             return arena;
-    slab = own.n < SLABS ? slab_new(own.n ? SLAB : FIRST) : NULL;
+    slab = own.n < SLABS ? slab_new(own.n > own.first ? SLAB : FIRST) : NULL;
     arena = slab ? slab_alloc(slab, n) : NULL;
     return arena ? arena : own.theirs.alloc(own.theirs.ctx, size);
 }
@@ -160,7 +161,8 @@ arena_free(void *ctx, void *arena, size_t size)
     slab->taken -= size / UNIT;
     own.bytes -= size;
     own.arenas--;
-    /* The addresses are kept, the memory is not. */
+    /* The addresses are kept.  The memory is not, unless it is that of a file
+     * (heapfile.h): then only what was written since is given back. */
     madvise(arena, size, MADV_DONTNEED);
 }
 
@@ -174,6 +176,21 @@ binding_arena_install(void)
     PyObject_GetArenaAllocator(&own.theirs);
     PyObject_SetArenaAllocator(&ours);
     own.pid = getpid();
+}
+
+void
+binding_arena_own(void)
+{
+    if (!own.pid || own.pid == getpid())
+        return;
+    own.pid = getpid();
+    own.first = own.n;
+}
+
+int
+binding_arena_holds(const void *at)
+{
+    return slab_of(at) != NULL;
 }
 
 size_t

@@ -162,6 +162,8 @@ PyObject *binding_map_private(PyObject *module, PyObject *args);
 
 /* arena.c: where a template's objects live */
 void binding_arena_install(void);
+void binding_arena_own(void); /* slabs for a child that becomes a template */
+int binding_arena_holds(const void *at);
 size_t binding_arena_count(size_t *ret_bytes);
 
 /* freeze.c */

@@ -7,6 +7,7 @@
 #include "binding.h"
 
 #include <errno.h>
+#include <sys/stat.h>
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
@@ -18,7 +19,8 @@
 #define LARGE ((int64_t)30 << 20)
 
 static struct {
-    int no_collapse, no_gc_freeze, no_immortal, no_text; /* switched off */
+    /* Switched off. */
+    int no_collapse, no_file, no_gc_freeze, no_immortal, no_text;
     int gc_frozen; /* the collector's objects have been frozen once */
     int changed;   /* Python has run since the last fork */
     int uncollapsed;
@@ -27,12 +29,14 @@ static struct {
     Py_ssize_t visited;   /* looked into for that, the last time */
     const char *collapse; /* what became of it */
     struct afork_collapse collapsed;
+    uint64_t file_bytes; /* moved into files, altogether */
 } m = {.changed = 1, .uncollapsed = 1, .collapse = "not yet"};
 
 void
 binding_memory_command(void)
 {
     m.changed = m.uncollapsed = 1;
+    binding_arena_own(); /* who runs code before it forks is a template */
 }
 
 static int
@@ -68,29 +72,45 @@ binding_memory_huge_pages(PyObject *module, PyObject *unused)
     return PyUnicode_FromString(huge_word(afork_huge_probe()));
 }
 
-/* Returns the state for the statistics; never fails. */
+static int
+has_threads(void)
+{
+    struct stat st;
+
+    /* One link for each, after those of every folder. */
+    return stat("/proc/self/task", &st) < 0 || st.st_nlink > 3;
+}
+
+/* Returns the states for the statistics; never fails. */
 static const char *
 collapse(const void *const *keep, size_t n)
 {
+    int (*movable)(const void *at) = binding_arena_holds;
     enum afork_huge huge;
     int64_t size;
-    int r;
 
     if (m.no_collapse)
         return "switched off";
     size = afork_huge_private();
-    if (size < LARGE)
-        return size < 0 ? "no procfs" : "small";
+    if (size < 0)
+        return "no procfs";
+    if (size + (int64_t)m.file_bytes < LARGE)
+        return "small";
     huge = afork_huge_probe();
     if (huge != AFORK_HUGE_OK)
         return huge_word(huge);
 #ifdef __GLIBC__
     malloc_trim(0);
 #endif
-    r = afork_huge_collapse(keep, n, &m.collapsed);
-    if (r < 0)
+    /* Nobody else's memory: who allocates may rely on zeros in what was given
+     * back (MADV_DONTNEED), or let a mapping grow beyond the end of the file.
+     * And other threads would go on writing. */
+    if (m.no_file || has_threads())
+        movable = NULL;
+    if (afork_huge_collapse(keep, n, movable, &m.collapsed) < 0)
         return "no procfs";
-    return m.collapsed.bytes ? "used" : "refused";
+    m.file_bytes += m.collapsed.moved;
+    return m.collapsed.bytes || m.file_bytes ? "used" : "refused";
 }
 
 void
@@ -148,9 +168,9 @@ binding_memory_setup(PyObject *module, PyObject *args)
     int no_arena;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "ppppp:memory_setup", &no_arena,
-                          &m.no_collapse, &m.no_gc_freeze, &m.no_immortal,
-                          &m.no_text))
+    if (!PyArg_ParseTuple(args, "pppppp:memory_setup", &no_arena,
+                          &m.no_collapse, &m.no_file, &m.no_gc_freeze,
+                          &m.no_immortal, &m.no_text))
         return NULL;
     if (!no_arena && afork_huge_probe() != AFORK_HUGE_NEVER)
         binding_arena_install();
@@ -223,16 +243,17 @@ binding_memory_stats(PyObject *module, PyObject *unused)
     else if (m.no_immortal)
         refused = "switched off";
     return Py_BuildValue(
-        "{snsnsLsLsssKsKsisOsnsnsssssnsi}", "arenas", (Py_ssize_t)arenas,
+        "{snsnsLsLsssKsKsisKsisOsnsnsssssnsi}", "arenas", (Py_ssize_t)arenas,
         "arena_bytes", (Py_ssize_t)bytes, "private_bytes",
         (long long)afork_huge_private(), "huge_bytes",
         (long long)afork_huge_bytes(), "collapse", m.collapse,
         "collapsed_bytes", (unsigned long long)m.collapsed.bytes,
         "refused_bytes", (unsigned long long)m.collapsed.refused,
-        "collapse_errno", m.collapsed.error, "frozen",
-        m.frozen ? Py_True : Py_False, "immortal_objects", m.immortal,
-        "visited_objects", m.visited, "immortal", refused ? refused : "used",
-        "text", text_word(server), "text_bytes",
+        "collapse_errno", m.collapsed.error, "file_bytes",
+        (unsigned long long)m.file_bytes, "file_errno", m.collapsed.move_error,
+        "frozen", m.frozen ? Py_True : Py_False, "immortal_objects",
+        m.immortal, "visited_objects", m.visited, "immortal",
+        refused ? refused : "used", "text", text_word(server), "text_bytes",
         server ? (Py_ssize_t)server->image_pages * 4096 : 0, "text_errno",
         server ? server->image_error : 0);
 }

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "fd.h"
+#include "heapfile.h"
 
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
@@ -67,18 +68,24 @@ afork_huge_private(void)
     return (resident - shared) * sysconf(_SC_PAGESIZE);
 }
 
+/* The number in a line of smaps, in bytes; 0 if there is none. */
+static int64_t
+find_size(const char *text, const char *name)
+{
+    const char *found = strstr(text, name);
+
+    return found ? strtoll(found + strlen(name), NULL, 10) * 1024 : 0;
+}
+
 int64_t
 afork_huge_bytes(void)
 {
-    char text[2048], *found;
+    char text[2048];
     ssize_t n = read_text("/proc/self/smaps_rollup", text, sizeof text);
 
-    if (n < 0)
-        return n;
-    found = strstr(text, "\nAnonHugePages:");
-    return found ? strtoll(found + sizeof "\nAnonHugePages:" - 1, NULL, 10) *
-                       1024
-                 : -ENOENT;
+    return n < 0 ? n
+                 : find_size(text, "\nAnonHugePages:") +
+                       find_size(text, "\nShmemPmdMapped:");
 }
 
 /* Whether a line of maps is memory that was allocated, and where it is. */
@@ -127,28 +134,64 @@ is_used(void *at)
     return used >= n / 2;
 }
 
+int
+afork_huge_make(void *at)
+{
+    return madvise(at, AFORK_HUGE_SIZE, MADV_COLLAPSE) < 0 ? -errno : 0;
+}
+
+struct work {
+    const void *const *keep;
+    size_t n;
+    int (*movable)(const void *at);
+    struct afork_heapfile file; /* while one is open, else its fd is none */
+    struct afork_collapse *ret;
+};
+
+/* Whether it is in the file now. */
+static int
+move(struct work *w, void *at)
+{
+    int r;
+
+    if (!w->movable || w->ret->move_error || !w->movable(at))
+        return 0;
+    r = w->file.fd < 0 ? afork_heapfile_open(&w->file) : 0;
+    if (r == 0)
+        r = afork_heapfile_move(&w->file, at);
+    if (r < 0) {
+        w->ret->move_error = -r;
+        return 0;
+    }
+    w->ret->moved += AFORK_HUGE_SIZE;
+    return 1;
+}
+
 static void
-collapse(uintptr_t start, uintptr_t end, const void *const *keep, size_t n,
-         struct afork_collapse *ret)
+collapse(struct work *w, uintptr_t start, uintptr_t end)
 {
     uintptr_t at = (start + AFORK_HUGE_SIZE - 1) & ~(AFORK_HUGE_SIZE - 1);
 
     for (; at < end && end - at >= AFORK_HUGE_SIZE; at += AFORK_HUGE_SIZE) {
-        if (is_kept(at, keep, n) || !is_used((void *)at))
+        int r;
+
+        if (is_kept(at, w->keep, w->n) || !is_used((void *)at))
             continue;
-        if (madvise((void *)at, AFORK_HUGE_SIZE, MADV_COLLAPSE) == 0) {
-            ret->bytes += AFORK_HUGE_SIZE;
+        r = move(w, (void *)at) ? 0 : afork_huge_make((void *)at);
+        if (r == 0) {
+            w->ret->bytes += AFORK_HUGE_SIZE;
         } else {
-            ret->refused += AFORK_HUGE_SIZE;
-            ret->error = errno;
+            w->ret->refused += AFORK_HUGE_SIZE;
+            w->ret->error = -r;
         }
     }
 }
 
 int
 afork_huge_collapse(const void *const *keep, size_t n,
-                    struct afork_collapse *ret)
+                    int (*movable)(const void *at), struct afork_collapse *ret)
 {
+    struct work w = {keep, n, movable, {.fd = AFORK_NOFD}, ret};
     FILE *maps = fopen("/proc/self/maps", "re");
     char *line = NULL;
     size_t size = 0;
@@ -159,8 +202,10 @@ afork_huge_collapse(const void *const *keep, size_t n,
         return -errno;
     while (getline(&line, &size, maps) > 0)
         if (parse(line, &start, &end))
-            collapse(start, end, keep, n, ret);
+            collapse(&w, start, end);
     free(line);
     fclose(maps);
+    if (w.file.fd >= 0)
+        afork_heapfile_close(&w.file);
     return 0;
 }

@@ -48,8 +48,7 @@ async def stats(f: afork.Fork) -> dict[str, Any]:
 
 
 def huge_pages(pid: int) -> int:
-    """Bytes of another process in huge pages."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("AnonHugePages:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    """Bytes of another process in huge pages, also in those of a file."""
+    names = "AnonHugePages:", "ShmemPmdMapped:"
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(x.split()[1]) * 1024 for x in lines if x.startswith(names))
