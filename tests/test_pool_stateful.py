@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -278,6 +278,7 @@ def test_pool_and_its_model(log):  # noqa: F811
             stateful_step_count=25,
             deadline=None,
             database=None,
+            phases=[Phase.generate],  # to shrink takes longer than a test may
             suppress_health_check=list(HealthCheck),
             print_blob=True,
         ),
