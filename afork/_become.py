@@ -94,14 +94,11 @@ class _Become(Coroutine[Any, Any, T], Generic[T]):
             self._coroutine.close()
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if finalizing():
-            return
-        if self._coroutine is None:
+        # One that has come to its end has taken the socket, or killed the
+        # process. Any other may never have been stepped.
+        ended = getattr(self._coroutine, "cr_frame", self) is None
+        if not ended and not finalizing():
             self._process.forget()
-        else:
-            # What was awaited has taken it, or killed the process by itself;
-            # unless it was never stepped.
-            self._process.close_held()
 
     def __repr__(self) -> str:
         name = type(self).__name__.lower()

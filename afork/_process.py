@@ -486,7 +486,8 @@ class Process(Mortal):
             self.send_signal(signal.SIGKILL)
         except OSError:
             pass  # it has ended, or there is no descriptor to reach it by
-        self.close_held()
+        with hub().lock:  # another thread may be about to store one
+            self.close_held()
 
     def take_held(self) -> socket.socket | None:
         """Our end of the user's socket, for who has awaited it."""
