@@ -405,35 +405,41 @@ def test_options_of_views(arun, jobs):
     arun(main)
 
 
+def our_notes(exc):
+    """What we add: pickle and json add their own from CPython 3.14 on."""
+    notes = getattr(exc, "__notes__", [])
+    return [note for note in notes if note.startswith("afork: ")]
+
+
 def test_what_cannot_be_pickled_is_explained(arun, jobs):
     def inside():
         pass
 
     async def main():
+        kinds = AttributeError, TypeError, pickle.PicklingError  # differ by version
         async with afork.Pool(max=1) as pool:
-            for args, kwargs, kind, advice in (
-                ((lambda: 1,), {}, Exception, "top of a module, or give codec="),
-                ((inside,), {}, AttributeError, "top of a module, or give codec="),
-                ((partial(inside),), {}, AttributeError, "top of a module"),
-                ((jobs.echo,), {"value": inside}, AttributeError, "top of a module"),
-                ((jobs.echo, (x for x in ())), {}, TypeError, "such as a list"),
-                ((jobs.echo, [threading.Lock()]), {}, TypeError, "such as a list"),
+            for args, kwargs, advice in (
+                ((lambda: 1,), {}, "top of a module, or give codec="),
+                ((inside,), {}, "top of a module, or give codec="),
+                ((partial(inside),), {}, "top of a module"),
+                ((jobs.echo,), {"value": inside}, "top of a module"),
+                ((jobs.echo, (x for x in ())), {}, "such as a list"),
+                ((jobs.echo, [threading.Lock()]), {}, "such as a list"),
             ):
-                with pytest.raises(kind) as theirs:
+                with pytest.raises(kinds) as theirs:
                     pickle.dumps((args, kwargs))
-                with pytest.raises(kind) as info:
+                with pytest.raises(kinds) as info:
                     pool.call(*args, **kwargs)
                 assert type(info.value) is type(theirs.value)
-                (note,) = info.value.__notes__
-                assert note.startswith("afork: ")
+                (note,) = our_notes(info.value)
                 assert advice in note
         with pytest.raises(TypeError) as info:
             afork.Pool(init=jobs.init, initargs=(threading.Lock(),))
-        assert "such as a list" in info.value.__notes__[0]
+        assert "such as a list" in our_notes(info.value)[0]
         async with afork.Pool(max=1, codec="json") as pool:
             with pytest.raises(TypeError) as info:
                 pool.call(jobs.echo, 1)
-            assert not hasattr(info.value, "__notes__")
+            assert our_notes(info.value) == []
 
     arun(main)
 
@@ -447,6 +453,6 @@ def test_what_cloudpickle_cannot_send_either(arun):
             assert await pool.call(lambda: 1) == 1
             with pytest.raises(TypeError) as info:
                 pool.call(lambda x: x, (x for x in ()))
-            assert "such as a list" in info.value.__notes__[0]
+            assert "such as a list" in our_notes(info.value)[0]
 
     arun(main)
