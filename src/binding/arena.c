@@ -32,8 +32,8 @@ struct slab {
 };
 
 static struct {
-    pid_t pid; /* of whom they are: in a worker there are no new ones.  Else
-                  each would write that it is one */
+    pid_t pid; /* of whom they are: a child has no new ones before it runs code
+                  as a template.  Else each would write that it is one */
     PyObjectArenaAllocator theirs; /* for what does not fit, and to free it */
     size_t n;
     size_t first;  /* from here on; those before are shared with a parent */

@@ -81,7 +81,7 @@ has_threads(void)
     return stat("/proc/self/task", &st) < 0 || st.st_nlink > 3;
 }
 
-/* Returns the states for the statistics; never fails. */
+/* Returns the state for the statistics; never fails. */
 static const char *
 collapse(const void *const *keep, size_t n)
 {
